@@ -1,0 +1,52 @@
+"""The command line: `unweave demo | train | eval | dashboard`. One file per command, each thin over the library.
+
+Exit status: 0 when it worked, 2 when the input was wrong (one sentence says what), 130 after Ctrl-C, 1 for a bug.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Sequence
+
+from unweave._errors import UnweaveError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status."""
+    import tyro
+
+    from unweave.cli.dashboard import DashboardArgs
+    from unweave.cli.demo import DemoArgs
+    from unweave.cli.evaluate import EvalArgs
+    from unweave.cli.train import TrainArgs
+
+    commands = {"demo": DemoArgs, "train": TrainArgs, "eval": EvalArgs, "dashboard": DashboardArgs}
+    args = tyro.extras.subcommand_cli_from_dict(
+        commands,
+        prog="unweave",
+        description="Take a neural network's activations apart into the features they are made of.",
+        args=list(arguments) if arguments is not None else None,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes),
+    )
+    try:
+        args.run()
+    except UnweaveError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt as interrupt:
+        return _fail(str(interrupt) or "stopped.", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        where = f" at {error.filename!r}" if error.filename else ""
+        return _fail(f"{error.strerror}{where}; files that were being written have been removed.", 2)
+    return 0
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"unweave: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""`unweave dashboard`: a page of a saved SAE's features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from unweave.cli.evaluate import source_of
+from unweave.cli.output import status
+
+
+@dataclass
+class DashboardArgs:
+    """Write one self-contained HTML page that shows a saved SAE's most interesting features."""
+
+    sae: tyro.conf.Positional[Path]
+    """Folder of the SAE."""
+    out: Path | None = None
+    """File to write. Default: features.html in the SAE's folder."""
+    model: str | None = None
+    """Default: the model that the SAE was trained on."""
+    data: str | None = None
+    """Default: the data that the SAE was trained on."""
+    hook: str | None = None
+    """Default: the hook that the SAE was trained at."""
+    tokens: int = 200_000
+    """Held-out tokens to look at."""
+    features: int = 100
+    """How many features to show."""
+    context: int | None = None
+    """Tokens in a row. Default: as in training."""
+    seed: int = 0
+    """Seed of the order of the documents and of the sampled contexts."""
+
+    def run(self) -> None:
+        from unweave.dashboard import dashboard
+        from unweave.sae import SAE
+
+        sae = SAE.load(self.sae)
+        with status("looking for features") as tick:
+            path = dashboard(
+                sae, **source_of(sae, self), hook=self.hook, tokens=self.tokens, n_features=self.features,
+                path=self.out or self.sae / "features.html", seed=self.seed, progress=tick,
+            )  # fmt: skip
+        print(f"saved {path}")

@@ -1,0 +1,56 @@
+"""AuxK: dead latents learn to reconstruct what the living ones leave over (Gao et al., arXiv 2406.04093)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unweave._errors import UnweaveError
+from unweave.sae import ops
+from unweave.sae.codes import SparseCodes
+
+
+@dataclass(frozen=True)
+class AuxK:
+    """The auxiliary loss on dead latents.
+
+    Attributes:
+        coefficient: Relative to a main loss that costs 1 when the mean is predicted (1/32 as published).
+        k: Dead latents used on each token; by default the power of two nearest to d_in / 2.
+    """
+
+    coefficient: float = 1 / 32
+    k: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.coefficient < 0 or (self.k is not None and self.k < 1):
+            raise UnweaveError(f"AuxK needs coefficient >= 0 and k >= 1, got {self.coefficient} and {self.k}.")
+
+    def k_for(self, d_in: int) -> int:
+        """Number of dead latents used on each token."""
+        return self.k or max(1, 2 ** round(torch.log2(torch.tensor(d_in / 2)).item()))
+
+
+def auxk_loss(
+    aux: SparseCodes, W_dec: Float[Tensor, "d_sae d"], residual: Float[Tensor, "n d"], n_dead: Tensor | int, k: int
+) -> Float[Tensor, ""]:
+    """`d * min(1, n_dead / k) * sum|e_hat - e|^2 / sum|e - mean(e)|^2`, where `e_hat` decodes the dead latents.
+
+    Args:
+        aux: Pre-activations of the chosen dead latents; the negative ones count as 0.
+        W_dec: Decoder.
+        residual: What the main codes leave over, `x - x_hat`; no gradient flows into it.
+        n_dead: Number of dead latents.
+        k: Number of dead latents that a token could use.
+
+    Returns:
+        The loss without its coefficient; 0 where the residual does not vary.
+    """
+    e = residual.detach()
+    e_hat = ops.decode(aux.with_values(aux.values.relu()), W_dec)
+    spread = (e - e.mean(0)).square().sum()
+    weight = torch.where(spread > 0, 1 / spread, 0.0)  # a division inside the graph would make 0 * inf of it
+    return e.shape[1] * (e_hat - e).square().sum() * weight * min(1.0, float(n_dead) / k)

@@ -1,0 +1,11 @@
+"""How far a reconstruction is from its target."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+def squared_error(x_hat: Float[Tensor, "n d"], x: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+    """`mean over tokens of sum over d of (x_hat - x)^2`."""
+    return (x_hat - x).square().sum() / len(x)

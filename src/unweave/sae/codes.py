@@ -1,0 +1,190 @@
+"""Sparse codes: which latents are active on which row, and how strongly.
+
+Rows are stored one after the other, as (indices, values, offsets), the layout of compressed sparse rows and of
+`torch.nn.functional.embedding_bag`. An entry may hold the value 0 (a latent that was selected but did not fire);
+whatever counts firing looks at the values, never at the number of entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+
+class ByLatent(NamedTuple):
+    """The same entries, ordered latent by latent."""
+
+    order: Int64[Tensor, " nnz"]
+    """Position of each entry in the row-ordered codes."""
+    rows: Int64[Tensor, " nnz"]
+    """Row of each entry."""
+    offsets: Int64[Tensor, " d_sae+1"]
+    """Where each latent's entries begin."""
+
+
+@dataclass(frozen=True, eq=False)
+class SparseCodes:
+    """Codes of `n_rows` inputs over `d_sae` latents.
+
+    Attributes:
+        indices: Latent of each entry, `(nnz,)`, int64.
+        values: Value of each entry, `(nnz,)`.
+        offsets: Row `i` holds the entries `offsets[i]:offsets[i + 1]`, `(n_rows + 1,)`, int64.
+        d_sae: Number of latents.
+    """
+
+    indices: Int64[Tensor, " nnz"]
+    values: Float[Tensor, " nnz"]
+    offsets: Int64[Tensor, " n_rows+1"]
+    d_sae: int
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.offsets) - 1
+
+    @cached_property
+    def rows(self) -> Int64[Tensor, " nnz"]:
+        """Row of each entry."""
+        return torch.repeat_interleave(
+            torch.arange(self.n_rows, device=self.indices.device), self.offsets.diff(), output_size=len(self.indices)
+        )
+
+    @cached_property
+    def by_latent(self) -> ByLatent:
+        """The transposed index that both weight gradients need; made once per batch."""
+        latents, order = torch.sort(self.indices, stable=True)
+        counts = torch.bincount(latents, minlength=self.d_sae)
+        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        return ByLatent(order, self.rows[order], offsets)
+
+    def with_values(self, values: Float[Tensor, " nnz"]) -> SparseCodes:
+        """The same entries with other values; what is known about the index is kept."""
+        codes = replace(self, values=values)
+        for name in ("rows", "by_latent"):
+            if name in self.__dict__:
+                codes.__dict__[name] = self.__dict__[name]
+        return codes
+
+    def at(self, per_latent: Float[Tensor, " d_sae"]) -> Float[Tensor, " nnz"]:
+        """The value of a per-latent vector at every entry."""
+        return per_latent[self.indices]
+
+    def to_dense(self) -> Float[Tensor, "n_rows d_sae"]:
+        """A dense `(n_rows, d_sae)` tensor, made only here."""
+        dense = self.values.new_zeros(self.n_rows, self.d_sae)
+        return dense.index_put((self.rows, self.indices), self.values)
+
+    @classmethod
+    def from_dense(cls, dense: Float[Tensor, "n_rows d_sae"]) -> SparseCodes:
+        """The non-zero entries of a dense tensor."""
+        rows, indices = dense.nonzero(as_tuple=True)
+        return cls.from_entries(rows, indices, dense[rows, indices], *dense.shape)
+
+    @classmethod
+    def from_entries(
+        cls, rows: Int64[Tensor, " nnz"], indices: Int64[Tensor, " nnz"], values: Float[Tensor, " nnz"],
+        n_rows: int, d_sae: int,
+    ) -> SparseCodes:
+        """Codes from entries that are sorted by row."""
+        counts = torch.bincount(rows, minlength=n_rows)
+        codes = cls(indices, values, torch.nn.functional.pad(counts.cumsum(0), (1, 0)), d_sae)
+        codes.__dict__["rows"] = rows
+        return codes
+
+    def firing(self) -> SparseCodes:
+        """Only the entries whose value is not 0."""
+        keep = self.values != 0
+        return self.from_entries(self.rows[keep], self.indices[keep], self.values[keep], self.n_rows, self.d_sae)
+
+    def firing_counts(self) -> Int64[Tensor, " d_sae"]:
+        """How many rows each latent fires on (its value is not 0)."""
+        return torch.bincount(self.indices[self.values != 0], minlength=self.d_sae)
+
+    def l0(self) -> Float[Tensor, " n_rows"]:
+        """Number of latents that fire (value not 0) on each row."""
+        fired = torch.nn.functional.pad((self.values != 0).cumsum(0), (1, 0))
+        return (fired[self.offsets[1:]] - fired[self.offsets[:-1]]).to(self.values.dtype)
+
+    def topk(self, k: int) -> SparseCodes:
+        """The `k` largest values of each row, or all of a row that has fewer, in the order of their indices."""
+        order = torch.argsort(self.values, descending=True, stable=True)
+        order = order[torch.argsort(self.rows[order], stable=True)]
+        rank = torch.arange(len(order), device=order.device) - self.offsets[self.rows[order]]
+        keep = order[rank < k].sort().values
+        return self.from_entries(self.rows[keep], self.indices[keep], self.values[keep], self.n_rows, self.d_sae)
+
+    def __getitem__(self, rows: slice) -> SparseCodes:
+        """The codes of a range of rows (step 1)."""
+        start, stop, step = rows.indices(self.n_rows)
+        if step != 1:
+            raise ValueError(f"SparseCodes takes slices of step 1, got {step}.")
+        first, last = int(self.offsets[start]), int(self.offsets[max(stop, start)])
+        return SparseCodes(
+            self.indices[first:last], self.values[first:last], self.offsets[start : max(stop, start) + 1] - first, self.d_sae
+        )
+
+    def to(self, *args: object, **kwargs: object) -> SparseCodes:
+        """Move to a device, or cast the values to a dtype."""
+        values = self.values.to(*args, **kwargs)  # type: ignore[call-overload]
+        return SparseCodes(self.indices.to(values.device), values, self.offsets.to(values.device), self.d_sae)
+
+    def detach(self) -> SparseCodes:
+        """The same codes outside the graph."""
+        return self.with_values(self.values.detach())
+
+    @staticmethod
+    def cat(parts: list[SparseCodes]) -> SparseCodes:
+        """The rows of several codes, one after the other."""
+        ends = torch.tensor([0] + [len(p.indices) for p in parts], device=parts[0].indices.device).cumsum(0)
+        offsets = [p.offsets[:-1] + end for p, end in zip(parts, ends[:-1], strict=True)]
+        return SparseCodes(
+            torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts]),
+            torch.cat([*offsets, ends[-1:]]), parts[0].d_sae,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class DenseCodes:
+    """Codes of which so many entries are active that a dense `(n_rows, d_sae)` tensor is the faster form."""
+
+    values: Float[Tensor, "n_rows d_sae"]
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.values)
+
+    @property
+    def d_sae(self) -> int:
+        return self.values.shape[1]
+
+    def at(self, per_latent: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
+        """A per-latent vector, as it broadcasts against the values."""
+        return per_latent
+
+    def with_values(self, values: Float[Tensor, "n_rows d_sae"]) -> DenseCodes:
+        """Other values in the same form."""
+        return DenseCodes(values)
+
+    def firing_counts(self) -> Int64[Tensor, " d_sae"]:
+        """How many rows each latent fires on (its value is not 0)."""
+        return (self.values != 0).sum(0)
+
+    def l0(self) -> Float[Tensor, " n_rows"]:
+        """Number of latents that fire on each row."""
+        return (self.values != 0).sum(1).to(self.values.dtype)
+
+    def detach(self) -> DenseCodes:
+        """The same codes outside the graph."""
+        return DenseCodes(self.values.detach())
+
+    def to_dense(self) -> Float[Tensor, "n_rows d_sae"]:
+        """The values."""
+        return self.values
+
+
+Codes = SparseCodes | DenseCodes

@@ -1,0 +1,94 @@
+"""The differentiable steps of a sparse forward pass.
+
+`encode_at` gives the selected pre-activations a gradient, `decode` multiplies codes with a decoder. Their backward
+passes follow the active latents only. The gradient that reaches the pre-encoder bias is a mat-vec on the summed
+gradient (every row's gradient passes through the same `W_enc`), never another large product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from unweave import kernels
+from unweave.sae.codes import Codes, DenseCodes, SparseCodes
+
+
+class _EncodeAt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, b_pre: Tensor, W_enc: Tensor, b_enc: Tensor, codes: Codes) -> Tensor:
+        ctx.save_for_backward(x, b_pre, W_enc)
+        ctx.codes = codes
+        return codes.values.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor, None]:
+        x, b_pre, W_enc = ctx.saved_tensors
+        centred = x - b_pre
+        if isinstance(ctx.codes, DenseCodes):
+            grad_W = (grad.T @ centred).T
+            grad_b = grad.sum(0)
+            grad_x = grad @ W_enc.T if ctx.needs_input_grad[0] else None
+        else:
+            order, rows, offsets = ctx.codes.by_latent
+            grad_W = kernels.scatter_outer(rows, grad[order], offsets, centred).T
+            grad_b = torch.zeros_like(W_enc[0]).index_add_(0, ctx.codes.indices, grad)
+            grad_x = None
+            if ctx.needs_input_grad[0]:
+                grad_x = kernels.gather_sum(ctx.codes.indices, grad, ctx.codes.offsets, W_enc.T)
+        return grad_x, -(W_enc @ grad_b), grad_W, grad_b, None
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, codes: SparseCodes) -> Tensor:
+        ctx.save_for_backward(values, W_dec)
+        ctx.codes = codes
+        return kernels.gather_sum(codes.indices, values, codes.offsets, W_dec)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        values, W_dec = ctx.saved_tensors
+        codes, grad = ctx.codes, grad.contiguous()
+        grad_values = kernels.sddmm(codes.indices, codes.rows, codes.offsets, grad, W_dec) if ctx.needs_input_grad[0] else None
+        grad_W = None
+        if ctx.needs_input_grad[1]:
+            order, rows, offsets = codes.by_latent
+            grad_W = kernels.scatter_outer(rows, values[order], offsets, grad)
+        return grad_values, grad_W, None
+
+
+def encode_at(
+    x: Float[Tensor, "n d_in"],
+    b_pre: Float[Tensor, " d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    pre: Codes,
+) -> Codes:
+    """Give pre-activations `(x - b_pre) @ W_enc + b_enc`, already computed at some entries, their gradients.
+
+    Args:
+        x: Inputs.
+        b_pre: Bias subtracted from the inputs.
+        W_enc: Encoder weights.
+        b_enc: Encoder bias.
+        pre: The entries and the pre-activations there, without a graph.
+
+    Returns:
+        The same entries, whose values are part of the graph.
+    """
+    return pre.with_values(_EncodeAt.apply(x, b_pre, W_enc, b_enc, pre))
+
+
+def decode(codes: Codes, W_dec: Float[Tensor, "d_sae d"]) -> Float[Tensor, "n d"]:
+    """`codes @ W_dec`, with gradients for the values and for `W_dec`."""
+    if isinstance(codes, DenseCodes):
+        return codes.values @ W_dec
+    return _Decode.apply(codes.values, W_dec, codes)
+

@@ -1,0 +1,91 @@
+"""From a trained state to an SAE that anyone can use: calibrated, in raw units, saved in both forms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unweave import kernels
+from unweave._errors import UnweaveError
+from unweave.objectives import L1, TargetL0
+from unweave.sae import SAE, BatchTopK, JumpReLU, ReLU, fold_decoder_norms, fold_input_scale
+from unweave.sae.files import save_training_form
+from unweave.training.config import SAEConfig, to_dict
+from unweave.training.trainee import Trainee
+
+
+@torch.no_grad()
+def calibrate_threshold(sae: SAE, batches: Iterable[Float[Tensor, "n d_in"]]) -> int:
+    """Set a BatchTopK SAE's threshold such that on these activations the mean L0 is k; return their number of tokens.
+
+    Raises:
+        UnweaveError: If there are no activations, or the SAE has no scalar threshold.
+    """
+    if not isinstance(sae.activation, BatchTopK) or sae.threshold is None:
+        raise UnweaveError(f"only BatchTopK SAEs have a threshold to calibrate, this one is {sae.activation}.")
+    rows = torch.cat([b.to(sae.device, sae.dtype) for b in batches] or [torch.empty(0, sae.d_in)])
+    if len(rows) == 0:
+        raise UnweaveError("there are no activations to calibrate the threshold on.")
+    budget = sae.activation.k * len(rows)
+    centred = rows - sae.b_dec if sae.apply_b_dec_to_input else rows
+    (candidates,) = kernels.encode_select(centred, sae.W_enc, sae.b_enc, [kernels.BatchTopKCandidates(budget)])
+    chosen = kernels.batch_topk(candidates, budget)
+    lowest = chosen.values.amin() if len(chosen.values) else candidates.values.new_zeros(())
+    sae.threshold.copy_(torch.nextafter(lowest, lowest.new_tensor(0.0)))  # inference compares strictly
+    return len(rows)
+
+
+def finished_sae(trainee: Trainee, calibration: list[Float[Tensor, "n d_in"]], metadata: dict[str, Any]) -> SAE:
+    """A copy of the trainee's SAE on raw activations, with unit decoder rows and, for BatchTopK, a calibrated threshold.
+
+    Args:
+        trainee: What was trained.
+        calibration: Raw activations, held out where there are any.
+        metadata: Where the SAE comes from.
+    """
+    source = trainee.sae
+    sae = SAE(source.d_in, source.d_sae, source.activation, metadata=metadata).to(source.device)
+    sae.load_state_dict(source.state_dict())
+    sae.requires_grad_(False)
+    fold_input_scale(sae, trainee.scale)
+    fold_decoder_norms(sae)
+    if isinstance(sae.activation, BatchTopK):
+        sae.metadata["threshold_calibration_tokens"] = calibrate_threshold(sae, calibration)
+    sae.metadata |= {
+        "training": to_dict(trainee.config),
+        "training_steps": trainee.step_count,
+        "input_scale": trainee.scale,
+        "num_dead_features": int(trainee.dead.sum()),
+    }
+    return sae
+
+
+def save_finished(sae: SAE, config: SAEConfig, folder: Path) -> Path:
+    """Write the inference form to `folder` and the training form to `folder/training`."""
+    save_training_form(sae, folder / "training", _sae_lens_training_keys(config, sae.d_in))
+    return sae.save(folder)
+
+
+def _sae_lens_training_keys(config: SAEConfig, d_in: int) -> dict[str, Any]:
+    """SAELens' training keys. Its reduction convention is ours, at inputs of mean norm (not root mean square) sqrt(d)."""
+    keys: dict[str, Any] = {"decoder_init_norm": 1.0 if config.decoder_is_unit else 0.1}
+    match config.activation, config.sparsity_term:
+        case ReLU(), L1() as l1:
+            keys |= {"l1_coefficient": l1.coefficient_for(d_in), "lp_norm": 1.0, "l1_warm_up_steps": 0}
+        case JumpReLU() as jump, TargetL0(l0, coefficient):
+            keys |= {
+                "jumprelu_init_threshold": jump.init_threshold,
+                "jumprelu_bandwidth": jump.bandwidth,
+                # Theirs is (L0 - target)^2 * coefficient / target, ours coefficient * d_in * (L0 / target - 1)^2.
+                "l0_coefficient": coefficient * d_in / l0,
+                "target_l0": l0,
+                "l0_warm_up_steps": 0,
+            }
+        case _:
+            keys |= {"aux_loss_coefficient": config.auxk.coefficient}
+    return keys

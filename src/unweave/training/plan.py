@@ -1,0 +1,98 @@
+"""What a run will cost, measured on a few passes and one step before anything is spent."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from unweave.activations import ActivationStream
+from unweave.training.config import TrainConfig
+from unweave.training.trainee import Trainee
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's shapes, bytes and expected time; `str(plan)` is what the command line prints.
+
+    Attributes:
+        tokens: Tokens to train on.
+        steps: Optimiser steps.
+        widths: Width of the activations at each hook.
+        saes: Each SAE in words.
+        harvest_rate: Unmasked tokens per second that the model alone would give.
+        step_seconds: Time of one optimiser step of all SAEs.
+        kept: Share of the tokens that the masks leave.
+        ring_bytes: Memory of the shuffling ring.
+        sae_bytes: Memory of all weights, gradients and moments.
+    """
+
+    tokens: int
+    steps: int
+    widths: dict[str, int]
+    saes: list[str]
+    harvest_rate: float
+    step_seconds: float
+    kept: float
+    ring_bytes: int
+    sae_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """Expected time of the training loop."""
+        return self.tokens / self.harvest_rate + self.steps * self.step_seconds
+
+    def __str__(self) -> str:
+        hooks = ", ".join(f"{name} (width {width})" for name, width in self.widths.items())
+        return (
+            f"plan: {self.tokens:,} tokens in {self.steps:,} steps, at {hooks}\n"
+            f"      {'; '.join(self.saes)}\n"
+            f"      the model gives {self.harvest_rate:,.0f} tokens/s, a step takes {self.step_seconds * 1000:.0f} ms: "
+            f"about {_duration(self.seconds)}\n"
+            f"      {_size(self.ring_bytes)} shuffling ring, {_size(self.sae_bytes)} weights, gradients and moments; "
+            f"masks leave {self.kept:.1%} of the tokens"
+        )
+
+
+def plan_run(config: TrainConfig, stream: ActivationStream, names: list[str]) -> Plan:
+    """Measure a forward pass and a training step of each SAE; the stream is not moved on."""
+    cost = stream.measure()
+    element = {torch.float64: 8, torch.float32: 4}.get(next(stream.model.module.parameters()).dtype, 2)
+    widths = {name: size // element for name, size in cost.bytes_per_token.items()}
+    device = next(stream.model.module.parameters()).device
+    steps, seconds, parameters = -(-config.tokens // config.batch_size), 0.0, 0
+    for width in widths.values():
+        sample = torch.randn(config.batch_size, width, device=device)
+        for sae in config.saes:
+            trainee = Trainee(sae, sample, steps=steps, tokens=config.tokens, seed=0)
+            trainee.step(sample)
+            started = time.perf_counter()
+            trainee.step(sample).loss.item()
+            seconds += time.perf_counter() - started
+            parameters += sum(p.numel() for p in trainee.sae.parameters())
+    return Plan(
+        tokens=config.tokens,
+        steps=steps,
+        widths=widths,
+        saes=[str(sae) for sae in config.saes],
+        harvest_rate=cost.tokens_per_second,
+        step_seconds=seconds,
+        kept=cost.kept,
+        ring_bytes=config.ring_size * sum(cost.bytes_per_token.values()),
+        sae_bytes=16 * parameters,
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"

@@ -1,0 +1,219 @@
+"""The training loop: a plain loop over an iterator of batches, for any number of SAEs at any number of hooks.
+
+Each SAE runs forward, backward and its update by itself, so only one graph is alive at a time. Nothing is transferred
+from the device between two log lines. The loop knows neither the model nor the text; what resuming needs of them comes
+in as `stream_state`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unweave._errors import UnweaveError
+from unweave._files import atomic_path
+from unweave.objectives import TargetL0
+from unweave.training.checkpoint import save_checkpoint
+from unweave.training.progress import Progress
+from unweave.training.trainee import StepSums, Trainee
+from unweave.training.watch import warnings_for
+
+LOG_EVERY = 25
+"""Steps between two logged rows."""
+
+Batches = Iterator[dict[str, Float[Tensor, "n d_in"]]]
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Training was stopped by the user. The message says what was saved and how to go on."""
+
+
+@dataclass
+class Run:
+    """Where a training run stands.
+
+    Attributes:
+        trainees: The SAEs of each hook.
+        tokens: Tokens to train on.
+        seen: Tokens trained on so far.
+        step: Steps taken so far.
+        out: Folder of `metrics.jsonl` and `checkpoints/`; None keeps everything in memory.
+        history: Every logged row.
+    """
+
+    trainees: dict[str, list[Trainee]]
+    tokens: int
+    out: Path | None = None
+    seen: int = 0
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    recent: dict[str, list[Tensor]] = field(default_factory=dict)
+    """The last batches of each hook, which calibrate thresholds where nothing is held out."""
+    sums: dict[str, list[StepSums]] = field(default_factory=dict)
+    """What has been summed up since the last logged row, for each SAE of each hook."""
+
+    def state_dict(self) -> dict[str, Any]:
+        trainees = {hook: [t.state_dict() for t in group] for hook, group in self.trainees.items()}
+        sums = {hook: [list(s) for s in group] for hook, group in self.sums.items()}
+        return {"trainees": trainees, "sums": sums, "seen": self.seen, "step": self.step, "history": self.history}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for hook, group in self.trainees.items():
+            for trainee, saved in zip(group, state["trainees"][hook], strict=True):
+                trainee.load_state_dict(saved)
+        self.sums = {hook: [StepSums(*s) for s in group] for hook, group in state["sums"].items()}
+        self.seen, self.step, self.history = state["seen"], state["step"], state["history"]
+
+
+def fit(
+    run: Run,
+    batches: Batches,
+    *,
+    progress: bool = True,
+    checkpoint_every: int | None = None,
+    stream_state: Callable[[], dict[str, Any]] = dict,
+    how_to_resume: str = "",
+) -> None:
+    """Train until `run.tokens` tokens are seen; the last batch is cut to end exactly there.
+
+    Raises:
+        UnweaveError: If a batch has the wrong shape or values that are not finite, or the batches run out.
+        TrainingInterrupted: After SIGINT or SIGTERM, once a checkpoint is written.
+    """
+    log = _open_log(run)
+    since_checkpoint, started, seen_before = 0, time.perf_counter(), run.seen
+    warned: set[str] = set()
+    with _stop_on_signal() as stop, Progress(run.tokens, run.seen, show=progress) as bar, log:
+        while run.seen < run.tokens:
+            batch = next(batches, None)
+            if batch is None:
+                raise UnweaveError(f"the activations ran out after {run.seen:,} of {run.tokens:,} tokens.")
+            n = 0
+            for hook, trainees in run.trainees.items():
+                x = batch[hook][: run.tokens - run.seen]
+                n = len(x)
+                _check_batch(x, trainees[0].sae.d_in, hook, run.step)
+                run.recent[hook] = [*run.recent.get(hook, [])[-7:], x]
+                steps = [trainee.step(x) for trainee in trainees]
+                before = run.sums.get(hook)
+                run.sums[hook] = [_add(a, b) for a, b in zip(before, steps, strict=True)] if before else steps
+            run.seen, run.step, since_checkpoint = run.seen + n, run.step + 1, since_checkpoint + n
+            rows = None
+            if run.step % LOG_EVERY == 0 or run.seen >= run.tokens:
+                rate = (run.seen - seen_before) / (time.perf_counter() - started)
+                rows = [_row(run, hook, i, s, rate) for hook, group in run.sums.items() for i, s in enumerate(group)]
+                run.sums = {}
+                for row in rows:
+                    log.write(json.dumps(row) + "\n")
+                    run.history.append(row)
+                    _warn(run, row, warned, bar)
+                log.flush()
+            bar.update(run.seen, rows)
+            if stop.is_set():
+                raise TrainingInterrupted(_save_interrupted(run, stream_state, how_to_resume))
+            if checkpoint_every and since_checkpoint >= checkpoint_every and run.out and run.seen < run.tokens:
+                _save(run, stream_state)
+                since_checkpoint = 0
+
+
+def _add(a: StepSums, b: StepSums) -> StepSums:
+    return StepSums(*map(torch.add, a, b))
+
+
+def _check_batch(x: Tensor, d_in: int, hook: str, step: int) -> None:
+    if x.ndim != 2 or x.shape[1] != d_in:
+        raise UnweaveError(f"batch {step} has the shape {tuple(x.shape)}, and (n, {d_in}) was expected.")
+    if len(x) == 0:
+        raise UnweaveError(f"batch {step} is empty.")
+    if not torch.isfinite(x.sum(dtype=torch.float32)) and not x.isfinite().all():
+        where = f" at the hook {hook!r}" if hook else ""
+        raise UnweaveError(f"batch {step}{where} holds activations that are NaN or infinite.")
+
+
+def _row(run: Run, hook: str, i: int, sums: StepSums, rate: float) -> dict[str, Any]:
+    """One line of `metrics.jsonl`: what happened since the last one."""
+    tokens, error, variance, l0, loss, grad_norm = (v / sums.tokens.item() for v in torch.stack(sums).tolist())
+    trainee = run.trainees[hook][i]
+    row: dict[str, Any] = {"step": run.step, "tokens": run.seen, "total_tokens": run.tokens, "hook": hook, "sae": i}
+    row |= {
+        "loss": loss,
+        "mse": error,
+        "explained_variance": 1 - error / variance if variance > 0 else None,
+        "l0": l0,
+        "dead": trainee.dead.float().mean().item(),
+        "lr": trainee.optimizer.param_groups[0]["lr"],
+        "grad_norm": grad_norm,
+        "tokens_per_second": rate,
+    }
+    if trainee.sae.threshold is not None:
+        row["threshold"] = trainee.sae.threshold.mean().item()
+    if isinstance(trainee.config.sparsity_term, TargetL0):
+        row["target_l0"] = trainee.config.sparsity_term.l0
+    if not all(v is None or isinstance(v, str) or abs(v) < float("inf") for v in row.values()):
+        raise UnweaveError(f"training diverged at step {run.step} ({trainee.config}): try a lower learning rate.")
+    return row
+
+
+def _warn(run: Run, row: dict[str, Any], warned: set[str], bar: Progress) -> None:
+    own = [r for r in run.history if (r["hook"], r["sae"]) == (row["hook"], row["sae"])]
+    for message in warnings_for(own):
+        kind = f"{row['hook']} {row['sae']} {message.split(':')[-1]}"
+        if kind not in warned:
+            warned.add(kind)
+            bar.say(f"warning: {message} ({run.trainees[row['hook']][row['sae']].config})")
+
+
+def _open_log(run: Run) -> Any:
+    """`metrics.jsonl`, holding the rows up to where the run stands and no later ones."""
+    if run.out is None:
+        return open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    path = run.out / "metrics.jsonl"
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in run.history), encoding="utf-8")
+    return path.open("a", encoding="utf-8")
+
+
+def _save(run: Run, stream_state: Callable[[], dict[str, Any]]) -> Path:
+    assert run.out is not None
+    return save_checkpoint(run.out / "checkpoints", run.step, {"run": run.state_dict(), "stream": stream_state()})
+
+
+def _save_interrupted(run: Run, stream_state: Callable[[], dict[str, Any]], how_to_resume: str) -> str:
+    if run.out is None:
+        return f"stopped after {run.seen:,} of {run.tokens:,} tokens; nothing was saved, because the run has no folder."
+    path = _save(run, stream_state)
+    return f"stopped after {run.seen:,} of {run.tokens:,} tokens and saved {str(path)!r}. {how_to_resume}".strip()
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set instead of killing the process; a second signal kills it."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,36 @@
+"""Warnings in words, from the numbers that are logged anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def warnings_for(history: Sequence[Row]) -> list[str]:
+    """What is going wrong in one SAE's training, judged from its logged rows (oldest first); usually nothing.
+
+    Each warning holds at the last row only; the caller shows a warning once.
+    """
+    if len(history) < 4:
+        return []
+    last, found = history[-1], []
+    window = history[-len(history) // 2 :]
+    progress = last["tokens"] / last["total_tokens"]
+    if last["dead"] > 0.2 and last["dead"] >= history[-2]["dead"]:
+        trend = "and rising" if last["dead"] > history[-2]["dead"] else "and not falling"
+        found.append(f"{last['dead']:.0%} of the latents are dead {trend}: try a higher learning rate or fewer latents")
+    target = last.get("target_l0")
+    if target and progress > 0.3 and len(window) >= 4:
+        l0s = [row["l0"] for row in window]
+        if abs(last["l0"] / target - 1) > 0.5 and max(l0s) - min(l0s) < 0.02 * last["l0"]:
+            found.append(f"L0 is flat at {last['l0']:.0f}, the target is {target:g}: try a higher sparsity coefficient")
+        thresholds = [row["threshold"] for row in window]
+        if max(thresholds) - min(thresholds) < 1e-3 * max(thresholds) and abs(last["l0"] / target - 1) > 0.2:
+            found.append("the threshold is not moving: try a higher threshold_lr or a wider bandwidth")
+    if progress > 0.1 and last["l0"] < 0.5:
+        found.append(f"L0 is {last['l0']:.2g}, hardly any latent fires: try a lower sparsity coefficient")
+    if progress > 0.2 and last["explained_variance"] < 0:
+        found.append(f"explained variance is {last['explained_variance']:.2f}: try a lower learning rate")
+    return found

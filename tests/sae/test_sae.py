@@ -1,0 +1,188 @@
+"""The SAE's passes, training and inference, against dense autograd."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import unweave.sae.sae as sae_module
+from unweave._errors import UnweaveError
+from unweave.sae import SAE, BatchTopK, DenseCodes, JumpReLU, ReLU, SparseCodes, TopK, ops
+
+ACTIVATIONS = [ReLU(), TopK(3), BatchTopK(3), JumpReLU(init_threshold=0.2, bandwidth=0.3)]
+
+
+def make(activation, d_in=7, d_sae=23, dtype=torch.float64, **kwargs):
+    sae = SAE(d_in, d_sae, activation, generator=torch.Generator().manual_seed(0), **kwargs).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    for p in (sae.b_enc, sae.b_dec):
+        p.data.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+    if isinstance(activation, BatchTopK):
+        sae.threshold.fill_(0.4)
+    return sae
+
+
+def inputs(n=11, d=7):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def dense_codes(sae, x, training):
+    """The same codes by dense autograd; JumpReLU's threshold gradient by its formula."""
+    bias = sae.b_dec if sae.apply_b_dec_to_input else 0
+    pre = (x - bias) @ sae.W_enc + sae.b_enc
+    match sae.activation:
+        case TopK(k):
+            mask = torch.zeros_like(pre).scatter(1, pre.topk(k, dim=1).indices, 1.0)
+        case BatchTopK(k) if training:
+            mask = torch.zeros_like(pre).flatten().index_fill(0, pre.flatten().topk(k * len(x)).indices, 1.0).view_as(pre)
+        case ReLU():
+            mask = torch.ones_like(pre)
+        case _:
+            mask = pre > sae.threshold
+    return pre.relu() * mask
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+@pytest.mark.parametrize("dense_above", [0.0, 1.0], ids=["dense", "sparse"])
+def test_training_pass_equals_dense_autograd(activation, apply_b_dec_to_input, dense_above, monkeypatch):
+    """pitfall_100, pitfall_101: encoder gradients reach the chosen latents, and none where the value is 0."""
+    monkeypatch.setattr(sae_module, "DENSE_ABOVE", dense_above)
+    sae, x = make(activation, apply_b_dec_to_input=apply_b_dec_to_input), inputs().requires_grad_()
+    codes = sae.training_codes(x).codes
+    if isinstance(activation, ReLU | JumpReLU):
+        assert isinstance(codes, DenseCodes if dense_above == 0 else SparseCodes)
+    (ops.decode(codes, sae.W_dec) + sae.b_dec - x).pow(2).sum().backward()
+    parameters = {n: p for n, p in sae.named_parameters() if n != "threshold"} | {"x": x}
+    ours = {n: p.grad.clone() for n, p in parameters.items()}
+    for p in parameters.values():
+        p.grad = None
+    expected = dense_codes(sae, x, training=True)
+    torch.testing.assert_close(codes.to_dense(), expected)
+    (expected @ sae.W_dec + sae.b_dec - x).pow(2).sum().backward()
+    for name, p in parameters.items():
+        torch.testing.assert_close(ours[name], p.grad, msg=name)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_inference_is_a_function_of_each_token(activation):
+    """pitfall_031, pitfall_046: no coupling between tokens, no state changed by encoding."""
+    sae, x = make(activation), inputs()
+    before = {n: t.clone() for n, t in sae.state_dict().items()}
+    together = sae.encode(x)
+    alone = torch.cat([sae.encode(row[None]) for row in x])
+    torch.testing.assert_close(together, alone)
+    torch.testing.assert_close(together, dense_codes(sae, x, training=False))
+    torch.testing.assert_close(sae(x), together @ sae.W_dec + sae.b_dec)
+    assert all(torch.equal(before[n], t) for n, t in sae.state_dict().items())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_leading_dimensions(activation):
+    """pitfall_025: (2, 3, d) gives what (6, d) gives."""
+    sae, x = make(activation), inputs(6)
+    torch.testing.assert_close(sae.encode(x.view(2, 3, 7)), sae.encode(x).view(2, 3, 23))
+    torch.testing.assert_close(sae(x.view(2, 3, 7)), sae(x).view(2, 3, 7))
+    assert sae.encode_sparse(x.view(2, 3, 7)).n_rows == 6
+    assert sae(x[0]).shape == (7,)
+
+
+def test_encode_is_differentiable_in_the_input():
+    sae, x = make(TopK(3)), inputs().requires_grad_()
+    sae.encode(x).sum().backward()
+    ours, x.grad = x.grad, None
+    dense_codes(sae, x, training=False).sum().backward()
+    torch.testing.assert_close(ours, x.grad)
+
+
+@pytest.mark.parametrize("activation", [TopK(8), BatchTopK(8)], ids=str)
+def test_a_step_has_one_dense_product(activation):
+    """Forward and backward together cost one `x @ W_enc`, and a mat-vec for the bias (pitfall_306)."""
+    n, d, m = 1100, 32, 512
+    sae, x = make(activation, d, m, torch.float32), torch.randn(n, d)
+    with FlopCounterMode(display=False) as counter:
+        codes = sae.training_codes(x).codes
+        (ops.decode(codes, sae.W_dec) + sae.b_dec - x).pow(2).sum().backward()
+    assert counter.get_total_flops() <= 2 * n * d * m + 4 * d * m
+
+
+def test_jumprelu_threshold_gradient_by_hand():
+    """pitfall_056, pitfall_057: -(threshold / bandwidth) inside the window, on both sides of the threshold."""
+    sae = SAE(1, 1, JumpReLU(init_threshold=0.5, bandwidth=0.4)).double()
+    sae.W_enc.data.fill_(1.0), sae.W_dec.data.fill_(1.0)
+    for pre, expected in ((0.45, -0.5 / 0.4), (0.65, -0.5 / 0.4), (0.75, 0.0), (0.25, 0.0)):
+        sae.zero_grad()
+        sae.training_codes(torch.tensor([[pre]], dtype=torch.float64)).codes.values.sum().backward()
+        grad = 0.0 if sae.threshold.grad is None else sae.threshold.grad.item()
+        assert grad == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("hint", [1e-3, 0.5, 100.0])
+def test_batch_topk_is_exact_whatever_the_last_threshold_was(hint):
+    sae, x = make(BatchTopK(3)), inputs()
+    expected = dense_codes(sae, x, training=True)
+    sae.threshold.fill_(hint)
+    torch.testing.assert_close(sae.training_codes(x).codes.to_dense(), expected)
+
+
+def test_negative_values_of_topk_are_zero():
+    """pitfall_041: a row of negative pre-activations has L0 0."""
+    sae = SAE(4, 6, TopK(3))
+    sae.b_enc.data.fill_(-100.0)
+    assert sae.encode_sparse(torch.randn(5, 4)).l0().tolist() == [0] * 5
+
+
+def test_thresholds_are_compared_strictly():
+    """pitfall_075"""
+    sae = SAE(1, 1, JumpReLU(init_threshold=1.0))
+    sae.W_enc.data.fill_(1.0)
+    assert sae.encode(torch.tensor([[1.0], [1.5]])).flatten().tolist() == [0.0, 1.5]
+
+
+def test_dead_latents_come_from_the_same_pass():
+    sae, x = make(TopK(2)), inputs()
+    dead = torch.zeros(23, dtype=torch.bool)
+    dead[[4, 9, 20]] = True
+    aux = sae.training_codes(x, dead, k_aux=2).aux
+    pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    expected = pre[:, [4, 9, 20]].topk(2, dim=1).values.sort(dim=1).values
+    torch.testing.assert_close(aux.values.view(-1, 2).sort(dim=1).values, expected)
+    aux.values.sum().backward()
+    assert (sae.W_enc.grad.abs().sum(0) > 0).nonzero().flatten().tolist() == sorted(set(aux.indices.tolist()))
+
+
+def test_encoder_and_decoder_have_their_own_storage():
+    """pitfall_168; the encoder is laid out latent by latent."""
+    sae = SAE(4, 8, TopK(2))
+    assert sae.W_enc.shape == (4, 8)
+    assert sae.W_enc.T.is_contiguous()
+    assert sae.W_enc.data_ptr() != sae.W_dec.data_ptr()
+
+
+@pytest.mark.parametrize(("d_in", "d_sae", "k"), [(0, 4, 1), (4, 0, 1), (4, 4, 5), (4, -3, 1)])
+def test_impossible_shapes_are_refused(d_in, d_sae, k):
+    with pytest.raises(UnweaveError, match="d_sae"):
+        SAE(d_in, d_sae, TopK(k))
+
+
+@pytest.mark.parametrize("cls", [TopK, BatchTopK])
+def test_k_of_zero_is_refused(cls):
+    with pytest.raises(UnweaveError, match="k=0"):
+        cls(0)
+
+
+def test_wrong_width_is_refused():
+    with pytest.raises(UnweaveError, match="width 4"):
+        SAE(4, 8, TopK(2))(torch.randn(3, 5))
+
+
+def test_uncalibrated_batch_topk_does_not_infer():
+    """pitfall_074"""
+    with pytest.raises(UnweaveError, match="calibrate"):
+        SAE(4, 8, BatchTopK(2)).encode(torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes_of_input(dtype):
+    sae, x = make(TopK(3), dtype=torch.float32), torch.randn(5, 7).to(dtype)
+    assert sae(x).dtype == dtype
+    assert sae.encode(x).dtype == torch.float32

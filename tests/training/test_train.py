@@ -1,0 +1,222 @@
+"""Whole runs on a tiny model: files, resuming, interruption, refusals."""
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import unweave.training.trainer as trainer
+from unweave._errors import UnweaveError
+from unweave.activations import DataConfig
+from unweave.sae import SAE, BatchTopK, JumpReLU, ReLU, TopK
+from unweave.training import SAEConfig, TrainConfig, TrainingInterrupted, train
+from unweave.training.train import prepare, read_run_config
+
+SAES = (
+    SAEConfig(d_sae=32, activation=BatchTopK(4), dead_after=500),
+    SAEConfig(d_sae=32, activation=JumpReLU()),
+    SAEConfig(d_sae=24, activation=ReLU()),
+    SAEConfig(d_sae=32, activation=TopK(4)),
+)
+
+
+@pytest.fixture
+def config(tmp_path, texts):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "data.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return TrainConfig(
+        model="tiny",
+        data=str(tmp_path / "text"),
+        hooks=("resid_post.0", "mlp_out.1"),
+        saes=SAES,
+        tokens=5000,
+        batch_size=128,
+        buffer=1024,
+        out=str(tmp_path / "run"),
+        text=DataConfig(context=16, held_out=0.2),
+    )
+
+
+def config_path(config):
+    return Path(config.out)
+
+
+def weights(result):
+    return [sae.state_dict() for sae in result.saes]
+
+
+def assert_equal(a, b):
+    for one, other in zip(weights(a), weights(b), strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert torch.equal(one[name], other[name]), name
+
+
+def interrupt_after(monkeypatch, steps, number=signal.SIGINT):
+    """Send a real signal once that many batches were checked."""
+    seen = [0]
+    check = trainer._check_batch
+
+    def counted(*args):
+        seen[0] += 1
+        if seen[0] == steps:
+            os.kill(os.getpid(), number)
+        check(*args)
+
+    monkeypatch.setattr(trainer, "_check_batch", counted)
+
+
+def test_a_run_and_its_files(config, tiny_model):
+    result = train(config, model=tiny_model, progress=False)
+    out = config_path(config)
+    assert len(result.saes) == 8
+    assert [sae.metadata["hf_hook_name"] for sae in result.saes] == ["transformer.h.0"] * 4 + ["transformer.h.1.mlp"] * 4
+    assert result.saes[0].metadata["hook_name"] == "blocks.0.hook_resid_post"
+    for sae, folder in zip(result.saes, result.folders, strict=True):
+        loaded, x = SAE.load(folder), torch.randn(20, 16)
+        torch.testing.assert_close(loaded(x), sae(x))
+        assert type(SAE.load(folder / "training").activation) is type(sae.activation)
+    rows = [json.loads(line) for line in (config_path(config) / "metrics.jsonl").read_text().splitlines()]
+    assert rows == result.history
+    assert rows[-1]["tokens"] == 5000  # pitfall_160: the budget is met exactly
+    assert read_run_config(config_path(config)) == config
+    assert not (out / "checkpoints").exists()
+
+
+def test_one_sae_lies_in_sae(config, tiny_model):
+    config = dataclasses.replace(config, hooks=("resid_post.0",), saes=SAES[:1], tokens=500)
+    (folder,) = train(config, model=tiny_model, progress=False).folders
+    assert folder == config_path(config) / "sae"
+
+
+def test_two_runs_are_equal(config, tiny_model):
+    runs = [train(dataclasses.replace(config, out=None, tokens=1500), model=tiny_model, progress=False) for _ in range(2)]
+    assert_equal(*runs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_interrupted_and_resumed_is_bit_equal(config, tiny_model, monkeypatch, number):
+    """pitfall_178, pitfall_179, pitfall_109, pitfall_184: weights, moments, schedules, ring, counters, metrics."""
+    whole = train(dataclasses.replace(config, out=config.out + "-whole"), model=tiny_model, progress=False)
+    for steps in (7, 21):
+        interrupt_after(monkeypatch, steps, number)
+        with pytest.raises(TrainingInterrupted, match="--resume"):
+            train(config, model=tiny_model, resume=steps > 7, progress=False)
+        monkeypatch.undo()
+    resumed = train(config, model=tiny_model, resume=True, progress=False)
+    assert_equal(whole, resumed)
+    for row, other in zip(whole.history, resumed.history, strict=True):
+        assert row | {"tokens_per_second": 0} == other | {"tokens_per_second": 0}
+
+
+def test_killed_between_checkpoints(config, tiny_model, monkeypatch):
+    """pitfall_170, pitfall_181: after a kill the run goes on from the last periodic checkpoint; later rows are dropped."""
+    config = dataclasses.replace(config, checkpoint_every=1280)
+    whole = train(dataclasses.replace(config, out=config.out + "-whole"), model=tiny_model, progress=False)
+
+    def die(*args, step=[0]):  # noqa: B006
+        step[0] += 1
+        if step[0] == 2 * 35:
+            raise MemoryError
+
+    monkeypatch.setattr(trainer, "_check_batch", die)
+    with pytest.raises(MemoryError):
+        train(config, model=tiny_model, progress=False)
+    monkeypatch.undo()
+    assert [p.name for p in (config_path(config) / "checkpoints").iterdir()] == ["step-000000030"]
+    assert_equal(whole, train(config, model=tiny_model, resume=True, progress=False))
+
+
+def test_a_truncated_checkpoint_is_refused(config, tiny_model, monkeypatch):
+    interrupt_after(monkeypatch, 7)
+    with pytest.raises(TrainingInterrupted):
+        train(config, model=tiny_model, progress=False)
+    monkeypatch.undo()
+    (state,) = (config_path(config) / "checkpoints").glob("*/state.safetensors")
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(UnweaveError, match="damaged"):
+        train(config, model=tiny_model, resume=True, progress=False)
+
+
+def test_folders_are_not_overwritten_by_accident(config, tiny_model):
+    config = dataclasses.replace(config, tokens=500)
+    train(config, model=tiny_model, progress=False)
+    with pytest.raises(UnweaveError, match="--overwrite"):
+        train(config, model=tiny_model, progress=False)
+    with pytest.raises(UnweaveError, match="finished"):
+        train(config, model=tiny_model, resume=True, progress=False)
+    train(config, model=tiny_model, overwrite=True, progress=False)
+
+
+def test_resuming_another_run_is_refused(config, tiny_model, monkeypatch):
+    interrupt_after(monkeypatch, 7)
+    with pytest.raises(TrainingInterrupted):
+        train(config, model=tiny_model, progress=False)
+    monkeypatch.undo()
+    with pytest.raises(UnweaveError, match="seed"):
+        train(dataclasses.replace(config, seed=1), model=tiny_model, resume=True, progress=False)
+
+
+def test_nothing_to_resume(config, tiny_model):
+    with pytest.raises(UnweaveError, match="no checkpoint"):
+        train(config, model=tiny_model, resume=True, progress=False)
+    with pytest.raises(UnweaveError, match="without an output folder"):
+        train(dataclasses.replace(config, out=None), model=tiny_model, resume=True, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hooks": ("resid_post.7",)}, "resid_post.7"),
+        ({"data": "no/such/file.txt"}, "no/such/file.txt"),
+    ],
+)
+def test_bad_input_writes_nothing(config, tiny_model, change, message):
+    with pytest.raises(UnweaveError, match=message):
+        train(dataclasses.replace(config, **change), model=tiny_model, progress=False)
+    assert not os.path.exists(config.out)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(config, tiny_model, monkeypatch):
+    """pitfall_186"""
+    from unweave.training import checkpoint
+
+    config = dataclasses.replace(config, checkpoint_every=1280)
+    saves, save = [0], checkpoint.save_file
+
+    def full(tensors, path):
+        saves[0] += 1
+        if saves[0] == 2:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        train(config, model=tiny_model, progress=False)
+    monkeypatch.undo()
+    assert [p.name for p in (config_path(config) / "checkpoints").iterdir()] == ["step-000000010"]
+    train(config, model=tiny_model, resume=True, progress=False)
+
+
+def test_epochs_are_recorded(config, tiny_model):
+    """pitfall_202: text that is read twice is not read twice in secret."""
+    long = train(dataclasses.replace(config, tokens=20_000, saes=SAES[3:], out=None), model=tiny_model, progress=False)
+    assert long.saes[0].metadata["training_epochs"] > 2
+    short = train(dataclasses.replace(config, tokens=500, buffer=256, saes=SAES[3:], out=None), model=tiny_model, progress=False)
+    assert short.saes[0].metadata["training_epochs"] == 1
+
+
+def test_plan_matches_what_is_allocated(config, tiny_model):
+    """pitfall_200, pitfall_309: the printed ring is the allocated one; the stream is not moved on by planning."""
+    session = prepare(config, tiny_model)
+    before = session.rows.state_dict()
+    plan = session.plan()
+    assert plan.ring_bytes == 2 * 1024 * 16 * 4
+    assert plan.steps == 40
+    assert torch.equal(before["ids"], session.rows.state_dict()["ids"]) or before["ids"].numel() == 0
+    assert "5,000 tokens in 40 steps" in str(plan)

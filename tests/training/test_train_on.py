@@ -1,0 +1,203 @@
+"""Training on plain tensors: it learns, it is exact, and it refuses what it cannot use."""
+
+import pytest
+import torch
+
+from unweave._errors import UnweaveError
+from unweave.objectives import AuxK
+from unweave.sae import BatchTopK, JumpReLU, ReLU, TopK
+from unweave.training import SAEConfig, train_on
+from unweave.training.trainee import Trainee
+
+ACTIVATIONS = [TopK(3), BatchTopK(3), ReLU(), JumpReLU()]
+
+
+def world(n_batches=60, n=256, d=16, features=32, scale=7.0, seed=0):
+    """Sparse combinations of `features` unit directions, off centre and off scale."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.nn.functional.normalize(torch.randn(features, d, generator=generator), dim=1)
+    for _ in range(n_batches):
+        active = torch.rand(n, features, generator=generator) < 3 / features
+        magnitude = 1 + torch.rand(n, features, generator=generator)
+        yield scale * ((active * magnitude) @ directions + 0.5)
+
+
+def explained_variance(sae, x):
+    return 1 - ((sae(x) - x) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_learns(activation):
+    (sae,) = train_on(list(world(300)), [SAEConfig(d_sae=48, activation=activation, lr=5e-3)], progress=False)
+    x = torch.cat(list(world(2, seed=0)))
+    assert explained_variance(sae, x) > 0.8
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(48), atol=1e-5)
+
+
+def test_target_l0_is_reached():
+    config = SAEConfig(d_sae=48, activation=JumpReLU(), lr=5e-3, threshold_lr=5e-3)
+    (sae,) = train_on(list(world(400)), [config], progress=False)
+    x = next(world(1, n=1000))
+    # The default target of 32 of 48 latents is dense; the SAE must come near it.
+    assert 20 < sae.encode_sparse(x).l0().mean() < 45
+
+
+def test_several_at_once_equal_one_by_one():
+    """Every SAE sees every batch, and none changes another."""
+    configs = [SAEConfig(d_sae=24, activation=a) for a in ACTIVATIONS]
+    together = train_on(list(world(10)), configs, progress=False)
+    for i, config in enumerate(configs):
+        (alone,) = train_on(list(world(10)), [config], seed=i, progress=False)
+        for name, value in alone.state_dict().items():
+            assert torch.equal(value, together[i].state_dict()[name])
+
+
+def test_seed_is_used():
+    """pitfall_162"""
+    def weights(seed):
+        return train_on(list(world(5)), [SAEConfig(d_sae=24, activation=TopK(3))], seed=seed, progress=False)[0].W_dec
+
+    assert torch.equal(weights(0), weights(0))
+    assert not torch.equal(weights(0), weights(1))
+
+
+def test_scale_of_the_data_does_not_matter():
+    """pitfall_026, pitfall_061, pitfall_111: the same data times 1000 give the same SAE in other units."""
+    for activation in ACTIVATIONS:
+        config = SAEConfig(d_sae=24, activation=activation)
+        small, large = (train_on(list(world(20, scale=s)), [config], progress=False)[0] for s in (1.0, 1000.0))
+        torch.testing.assert_close(small.W_dec, large.W_dec, atol=1e-3, rtol=1e-2)
+        x = next(world(1, scale=1.0))
+        torch.testing.assert_close(large(x * 1000) / 1000, small(x), atol=5e-2, rtol=1e-2)
+
+
+def test_batches_are_not_changed():
+    """pitfall_134"""
+    batches = list(world(3))
+    before = [b.clone() for b in batches]
+    train_on(batches, [SAEConfig(d_sae=24, activation=TopK(3))], progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(batches, before, strict=True))
+
+
+def test_batch_topk_threshold_is_calibrated():
+    """pitfall_048: the inference form's mean L0 is k on the calibration data."""
+    batches = list(world(20))
+    (sae,) = train_on(batches, [SAEConfig(d_sae=24, activation=BatchTopK(3))], progress=False)
+    assert sae.encode_sparse(torch.cat(batches[-8:])).l0().mean() == pytest.approx(3, rel=0.01)
+    assert sae.metadata["threshold_calibration_tokens"] == 8 * 256
+
+
+def test_generators_of_a_stated_length():
+    assert len(train_on(world(1000), [SAEConfig(d_sae=24, activation=TopK(3))], tokens=700, progress=False)) == 1
+    with pytest.raises(UnweaveError, match="tokens="):
+        train_on(world(3), [SAEConfig(d_sae=24, activation=TopK(3))], progress=False)
+    with pytest.raises(UnweaveError, match="ran out after 512 of 1,000"):
+        train_on(world(2), [SAEConfig(d_sae=24, activation=TopK(3))], tokens=1000, progress=False)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_tiny_batches(n):
+    (sae,) = train_on([torch.randn(n, 4) for _ in range(5)], [SAEConfig(d_sae=8, activation=TopK(2))], progress=False)
+    assert all(t.isfinite().all() for t in sae.state_dict().values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype):
+    """pitfall_096: bf16 activations are trained on in float32."""
+    batches = [b.to(dtype) for b in world(5)]
+    (sae,) = train_on(batches, [SAEConfig(d_sae=24, activation=TopK(3))], progress=False)
+    assert sae.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "no activations"),
+        ([torch.zeros(4, 3)], "are 0"),
+        ([torch.randn(4)], "shape"),
+        ([torch.empty(0, 3)], "no activations"),
+        ([torch.randn(4, 3), torch.randn(4, 5)], r"shape \(4, 5\)"),
+        ([torch.randn(4, 3), torch.full((4, 3), float("nan"))], "batch 1.*NaN"),
+        ([torch.randn(4, 3), torch.full((4, 3), float("inf"))], "batch 1.*infinite"),
+    ],
+)
+def test_bad_batches(batches, message):
+    with pytest.raises(UnweaveError, match=message):
+        train_on(batches, [SAEConfig(d_sae=8, activation=TopK(2))], progress=False)
+
+
+def test_no_sae():
+    with pytest.raises(UnweaveError, match="SAEConfig"):
+        train_on([torch.randn(4, 3)], [], progress=False)
+
+
+def make_trainee(**kwargs):
+    sample = next(world(1))
+    return Trainee(SAEConfig(d_sae=24, **kwargs), sample, steps=100, tokens=100 * 256, seed=0)
+
+
+def test_dead_latents_are_counted_in_tokens():
+    """pitfall_107, pitfall_116: half the batch size, the same death time in tokens."""
+    counts = []
+    for n in (64, 32):
+        trainee = make_trainee(activation=TopK(1), dead_after=256)
+        x = next(world(1, n=1)).repeat(n, 1)  # one input: all but a few latents never fire
+        while trainee.dead.sum() == 0:
+            trainee.step(x)
+        counts.append(trainee.step_count * n)
+    assert counts[0] == counts[1] == 256
+
+
+def test_dead_latents_are_revived():
+    def dead_share(coefficient):
+        trainee = make_trainee(activation=TopK(3), dead_after=1024, lr=3e-3, auxk=AuxK(coefficient))
+        trainee.sae.b_enc.data[:12] = -3.0
+        for x in world(100):
+            trainee.step(x)
+        return trainee.dead.float().mean().item()
+
+    assert dead_share(0.0) > 0.3
+    assert dead_share(1 / 32) < 0.1
+
+
+def test_unit_norm_after_the_step():
+    """pitfall_150"""
+    trainee = make_trainee(activation=TopK(3), lr=0.1)
+    trainee.step(next(world(1)))
+    torch.testing.assert_close(trainee.sae.W_dec.norm(dim=1), torch.ones(24))
+
+
+def test_jumprelu_thresholds_move_and_stay_positive():
+    """pitfall_059"""
+    trainee = make_trainee(activation=JumpReLU(), threshold_lr=1e-2, warmup=0.0, sparsity_warmup=0.0)
+    before = trainee.sae.threshold.detach().clone()
+    for x in world(20):
+        trainee.step(x)
+    assert (trainee.sae.threshold - before).abs().mean() > 1e-2
+    assert (trainee.sae.threshold >= 0).all()
+
+
+def test_threshold_estimate_equals_the_first_observation():
+    """pitfall_047, pitfall_049: bias-corrected; a batch in which nothing fires changes nothing."""
+    trainee = make_trainee(activation=BatchTopK(3))
+    x = next(world(1))
+    with torch.no_grad():
+        lowest = trainee.sae.training_codes(x * trainee.scale).codes.values.amin()
+    trainee.step(x)
+    assert trainee.sae.threshold.item() == pytest.approx(lowest.item(), rel=1e-5)
+    trainee.sae.b_enc.data.fill_(-1e4)
+    pointer, before = trainee.sae.threshold.data_ptr(), trainee.sae.threshold.clone()
+    trainee.step(x)
+    assert torch.equal(trainee.sae.threshold, before)
+    assert trainee.sae.threshold.data_ptr() == pointer  # pitfall_054
+
+
+def test_fused_adam_walks_the_encoder_in_its_own_layout():
+    """W_enc is a transposed view; its update must equal that of a plain Adam."""
+    fused, plain = make_trainee(activation=TopK(3)), make_trainee(activation=TopK(3))
+    plain.optimizer = torch.optim.Adam(
+        [g | {"fused": False} for g in plain.optimizer.param_groups], betas=(0.9, 0.999), fused=False
+    )
+    for x in world(5):
+        fused.step(x), plain.step(x)
+    torch.testing.assert_close(fused.sae.W_enc, plain.sae.W_enc, atol=1e-6, rtol=1e-4)
