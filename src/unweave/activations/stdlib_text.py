@@ -1,0 +1,40 @@
+"""Text that every Python carries: the language reference and the standard library's sources.
+
+Real prose and real code, present wherever Python is, so the demo and the tests need no download. It differs a
+little between Python minor versions: hash what a published number depends on.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+_NEVER = {"site-packages", "dist-packages", "__pycache__", "pydoc_data", "lib2to3", "config"}
+_TESTS = {"test", "tests", "idle_test"}
+
+
+def standard_library_text(*, tests: bool = False, min_chars: int = 200) -> Iterator[str]:
+    """Yield the language reference's topics, then the standard library's `.py` files, in a fixed order.
+
+    Args:
+        tests: Also yield the standard library's own tests (about 17 MB more), which some Python builds leave out.
+        min_chars: Skip documents shorter than this many characters.
+
+    Yields:
+        One document at a time: the text of one topic, or of one source file.
+    """
+    from pydoc_data.topics import topics
+
+    yield from (text for _, text in sorted(topics.items()) if len(text) >= min_chars)
+
+    root = Path(sysconfig.get_path("stdlib"))
+    skipped = _NEVER if tests else _NEVER | _TESTS
+    for path in sorted(root.rglob("*.py")):
+        if skipped.isdisjoint(path.relative_to(root).parts[:-1]):
+            try:
+                text = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:  # a few tests are written in other encodings on purpose
+                continue
+            if len(text) >= min_chars:
+                yield text

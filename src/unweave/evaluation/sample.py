@@ -1,0 +1,147 @@
+"""Which tokens an evaluation looks at: held-out rows, read without moving anybody's cursor.
+
+Rows are taken whole, and which ones does not depend on how many are run at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from unweave._errors import UnweaveError
+from unweave.activations import DataConfig, MaskConfig, TokenBatch, TokenRows
+from unweave.models import LoadedModel
+
+if TYPE_CHECKING:
+    from unweave.sae import SAE
+
+
+def default_data_config(sae: SAE) -> DataConfig:
+    """Rows like those that the SAE was trained on, as far as its metadata says."""
+    config, metadata = DataConfig(), sae.metadata
+    return replace(
+        config, context=metadata.get("context_size") or config.context, bos=metadata.get("prepend_bos", config.bos)
+    )
+
+
+def default_masks(sae: SAE) -> MaskConfig:
+    """The positions that the SAE was trained on, as far as its metadata says, and otherwise the usual mask."""
+    bounds = list(sae.metadata.get("seqpos_slice") or [None])
+    if all(bound is None for bound in bounds):
+        return MaskConfig()
+    bounds = bounds if len(bounds) > 1 else [None, *bounds]  # one number is the end, as in slice(n)
+    return MaskConfig(positions=":".join("" if bound is None else str(bound) for bound in bounds))
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is read, for the report.
+
+    Attributes:
+        name: The data in words.
+        split: "held-out", "training", or "all" where nothing was held out or ready batches were given.
+        config: How documents are laid out; None for ready batches.
+    """
+
+    name: str
+    split: str
+    config: DataConfig | None
+
+
+@contextmanager
+def open_rows(
+    data: Any, model: LoadedModel, config: DataConfig
+) -> Iterator[tuple[TokenRows | list[TokenBatch], Source]]:
+    """Open anything that holds tokens, and leave it as it was.
+
+    Args:
+        data: `TokenRows`, which are read on from where they are, ready batches, or whatever `TokenRows` takes.
+        model: Its tokenizer reads text.
+        config: How to lay out documents. With `held_out=0` all of the data are read.
+    """
+    if isinstance(data, TokenRows):
+        side = "held-out" if data.held_out else "training" if data.config.held_out else "all"
+        position = data.state_dict()
+        try:
+            yield data, Source(data.source.name, side, data.config)
+        finally:
+            data.load_state_dict(position)
+    elif batches := _ready_batches(data):
+        yield batches, Source("token batches", "all", None)
+    else:
+        rows = TokenRows(data, model.tokenizer, config, held_out=config.held_out > 0)
+        yield rows, Source(rows.source.name, "held-out" if config.held_out else "all", config)
+
+
+def _ready_batches(data: Any) -> list[TokenBatch]:
+    data = [data] if isinstance(data, TokenBatch) else data
+    if not isinstance(data, Sequence) or not data or not isinstance(data[0], TokenBatch):
+        return []
+    widths = {batch.ids.shape[1] for batch in data}
+    if len(widths) > 1:
+        raise UnweaveError(f"the token batches have rows of different lengths: {sorted(widths)}.")
+    return list(data)
+
+
+def passes(rows: TokenRows | Iterable[TokenBatch], prompts: int, tokens: int) -> Iterator[TokenBatch]:
+    """Batches of up to `prompts` rows, until they hold `tokens` real tokens or the data end."""
+    for batch in rows.batches(prompts) if isinstance(rows, TokenRows) else _cut(rows, prompts):
+        held = batch.real.sum(1).cumsum(0)
+        yield rows_of(batch, slice(int((held < tokens).sum()) + 1))
+        tokens -= int(held[-1])
+        if tokens <= 0:
+            return
+
+
+def first_rows(batches: Iterator[TokenBatch], n: int) -> list[TokenBatch]:
+    """Batches from the front, until they hold `n` rows or there are no more."""
+    taken: list[TokenBatch] = []
+    for batch in batches:
+        taken.append(batch)
+        if sum(map(len, taken)) >= n:
+            break
+    return taken
+
+
+def _cut(batches: Iterable[TokenBatch], prompts: int) -> Iterator[TokenBatch]:
+    for batch in batches:
+        for start in range(0, len(batch), prompts):
+            yield rows_of(batch, slice(start, start + prompts))
+
+
+def rows_of(batch: TokenBatch, rows: slice) -> TokenBatch:
+    """Some rows of a batch."""
+    return TokenBatch(batch.ids[rows], batch.real[rows], batch.documents[rows])
+
+
+def check_fit(model: LoadedModel, batch: TokenBatch) -> None:
+    """Refuse tokens that the model has no embedding for, and rows that are too long for it."""
+    longest = getattr(getattr(model.module, "config", None), "max_position_embeddings", None)
+    if longest is not None and (context := batch.ids.shape[1]) > longest:
+        raise UnweaveError(f"rows of {context} tokens are longer than the {longest} positions of {model.name!r}.")
+    try:
+        embedding = getattr(model.module, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # a Hugging Face model that does not say where its embedding is
+        embedding = None
+    known = getattr(embedding, "num_embeddings", None)
+    if known is not None and int(batch.ids.max()) >= known:
+        raise UnweaveError(
+            f"the data hold token id {int(batch.ids.max())}, but {model.name!r} knows the ids from 0 to {known - 1}: "
+            "the tokens are those of another tokenizer."
+        )
+
+
+class TokenHash:
+    """SHA-256 of the token ids in the order of reading, padding as -1; the same however rows are batched."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def update(self, batch: TokenBatch) -> None:
+        self._hash.update(batch.ids.masked_fill(~batch.real, -1).contiguous().numpy().tobytes())
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()

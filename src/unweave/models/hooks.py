@@ -1,0 +1,175 @@
+"""Places in a network: read what passes there, or put something else in its place.
+
+A hook is the input or the output of a submodule of any `nn.Module`. Where a module takes or returns several things,
+the activation is the first tensor among them. Nothing here wraps or changes the model: PyTorch's own forward hooks are
+added for the length of a call or a `with` block, and exactly those are taken away again.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from unweave._errors import UnweaveError, nearest
+
+Edit = Callable[[Float[Tensor, "*batch d"]], Float[Tensor, "*batch d"]]
+"""A function of an activation that returns its replacement."""
+
+
+@dataclass(frozen=True)
+class Hook:
+    """The input or the output of one submodule.
+
+    Attributes:
+        path: Path of the submodule, as in `module.get_submodule(path)`.
+        side: `"in"`: its first positional tensor, or else its keyword `hidden_states`. `"out"`: the first tensor of
+            what it returns.
+    """
+
+    path: str
+    side: Literal["in", "out"] = "out"
+
+    def __str__(self) -> str:
+        return self.path if self.side == "out" else f"{self.path}:in"
+
+
+def capture(
+    module: nn.Module, hooks: Sequence[Hook], *args: Any, grad: bool = False, **inputs: Any
+) -> dict[str, Float[Tensor, "*shape"]]:
+    """Run `module` until every hook has been passed once, and return what passed there.
+
+    The forward pass ends at the last hook: what lies behind it, the head included, is not computed, and a module that
+    is hooked at its input does not run. Of a module that runs several times the first run counts.
+
+    Args:
+        module: Any module.
+        hooks: What to capture, from `resolve_hooks`.
+        *args: Positional inputs of the module.
+        grad: Keep the graph of the activations; by default they are computed without one.
+        **inputs: Keyword inputs of the module, such as `input_ids` and `attention_mask`.
+
+    Returns:
+        `str(hook)` to activation, in the order of `hooks`; copies of the shape and dtype that the model computes, which
+        nothing that runs later writes to.
+
+    Raises:
+        UnweaveError: A hook was not passed, or no tensor was there.
+    """
+    seen: dict[Hook, Tensor] = {}
+    wanted = dict.fromkeys(hooks)
+
+    def keep(hook: Hook, activation: Tensor) -> None:
+        if hook not in seen:
+            seen[hook] = activation.clone() if grad else activation.detach().clone()
+        if len(seen) == len(wanted):
+            raise _AllSeen
+
+    with suppress(_AllSeen), _attached(module, wanted, keep), torch.set_grad_enabled(grad):
+        module(*args, **inputs)
+    if unseen := [str(hook) for hook in hooks if hook not in seen]:
+        raise UnweaveError(f"{', '.join(map(repr, unseen))} did not run in the forward pass of {type(module).__name__}")
+    return {str(hook): seen[hook] for hook in hooks}
+
+
+@contextmanager
+def splice(module: nn.Module, edits: Mapping[Hook, Edit]) -> Iterator[None]:
+    """Within the block, every forward pass of `module` goes on with `edit(activation)` in place of the activation.
+
+    Blocks may be nested: at the same hook the outer edit comes first and the inner one sees its result. Gradients flow
+    through the edits, and generation with a cache passes each token through them once.
+
+    Args:
+        module: Any module.
+        edits: Hook to a function of the activation `(..., d)` that returns a tensor of the same shape; it is cast to
+            the activation's dtype.
+
+    Raises:
+        UnweaveError: A hook's module does not exist; within the block, a replacement of another shape.
+    """
+
+    def replace(hook: Hook, activation: Tensor) -> Tensor:
+        new = edits[hook](activation)
+        if new.shape != activation.shape:
+            raise UnweaveError(
+                f"the replacement at {str(hook)!r} has shape {tuple(new.shape)}, not {tuple(activation.shape)}"
+            )
+        return new.to(activation.dtype)
+
+    with _attached(module, edits, replace):
+        yield
+
+
+class _AllSeen(BaseException):
+    """Leaves a forward pass whose rest nobody needs; no Exception, so that no model's `except` holds it up."""
+
+
+@contextmanager
+def _attached(
+    module: nn.Module, hooks: Iterable[Hook], visit: Callable[[Hook, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """Call `visit` when a hook is passed; a tensor that it returns takes the activation's place."""
+    handles: list[RemovableHandle] = []
+    try:
+        for hook in hooks:
+            handles.append(_attach(module, hook, visit))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _attach(module: nn.Module, hook: Hook, visit: Callable[[Hook, Tensor], Tensor | None]) -> RemovableHandle:
+    try:
+        submodule = module.get_submodule(hook.path)
+    except AttributeError:
+        paths = [path for path, _ in module.named_modules()]
+        raise UnweaveError(f"{type(module).__name__} has no module {hook.path!r}{nearest(hook.path, paths)}") from None
+
+    def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if (index := _first_tensor(args)) is not None:
+            new = visit(hook, args[index])
+            return None if new is None else (_replaced(args, index, new), kwargs)
+        if isinstance(activation := kwargs.get("hidden_states"), Tensor):
+            new = visit(hook, activation)
+            return None if new is None else (args, {**kwargs, "hidden_states": new})
+        raise UnweaveError(f"{hook.path!r} is given neither a positional tensor nor hidden_states, so it has no input")
+
+    def on_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return visit(hook, output)
+        if (key := _first_tensor(output)) is None:
+            raise UnweaveError(f"{hook.path!r} returns no tensor but {type(output).__name__}, so it has no output")
+        new = visit(hook, output[key])
+        return None if new is None else _replaced(output, key, new)
+
+    if hook.side == "in":
+        return submodule.register_forward_pre_hook(on_input, with_kwargs=True)
+    return submodule.register_forward_hook(on_output)
+
+
+def _first_tensor(values: Any) -> Any:
+    """Index or key of the first tensor, None if there is none."""
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(values, Mapping):
+        items = values.items()
+    elif isinstance(values, tuple | list):
+        items = enumerate(values)
+    return next((key for key, value in items if isinstance(value, Tensor)), None)
+
+
+def _replaced(values: Any, key: Any, new: Tensor) -> Any:
+    """A copy of a tuple, named tuple, list, dict or ModelOutput with another value at `key`."""
+    if not isinstance(values, tuple):
+        changed = copy.copy(values)
+        changed[key] = new
+        return changed
+    changed = (*values[:key], new, *values[key + 1 :])
+    return type(values)(*changed) if hasattr(values, "_fields") else changed

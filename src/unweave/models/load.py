@@ -1,0 +1,235 @@
+"""Load a model: a folder in Hugging Face layout, a name on the Hub, the shipped demo model, or a module as it is.
+
+Weights are read as safetensors or by `torch.load` in its weights-only mode, and code that comes with a checkpoint is
+never run. The configuration decides what is loaded, a checkpoint that lacks weights is refused instead of being
+completed with random ones, and a tokenizer must fit the embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import pickle
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from unweave._errors import UnweaveError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+DEMO = Path(__file__).parent / "demo_lm"
+"""Folder of the model that `load_model("demo")` loads."""
+
+_VOCABULARIES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+)
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A network with the tokenizer that belongs to it.
+
+    Attributes:
+        module: The network, in evaluation mode.
+        tokenizer: None if there is none.
+        name: What was loaded: the folder or Hub name as given, `"demo"`, or for a module the name it was loaded by,
+            else its class.
+    """
+
+    module: nn.Module
+    tokenizer: PreTrainedTokenizerBase | None
+    name: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs have to be."""
+        return next((parameter.device for parameter in self.module.parameters()), torch.device("cpu"))
+
+
+def load_model(
+    model: str | Path | nn.Module,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> LoadedModel:
+    """Load a causal language model or an encoder, ready to be hooked.
+
+    A checkpoint whose configuration names a causal language model is loaded as that, any other as its base model
+    without a head. It comes in evaluation mode, its parameters without gradients.
+
+    Args:
+        model: `"demo"`, a folder, a name on the Hugging Face Hub, or a module. A module is put into evaluation mode and
+            is otherwise left as it is: gradients, dtype and, unless `device` is given, device.
+        tokenizer: A tokenizer, or where to load it from; by default the model's own, if there is one.
+        device: By default CUDA if there is any, else the CPU.
+        dtype: Of the parameters.
+
+    Raises:
+        UnweaveError: The model, its weights, the tokenizer or the device is not there or cannot be used, or the
+            tokenizer has tokens that the model's embedding has no row for.
+    """
+    if isinstance(model, nn.Module):
+        module = model.eval()
+        name = getattr(getattr(model, "config", None), "_name_or_path", None) or type(model).__name__
+        if device is not None:
+            module.to(_usable(device))
+    else:
+        place = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        name, source = str(model), _source(model)
+        module = _load_module(source, dtype).requires_grad_(False).to(place)
+        if tokenizer is None:
+            tokenizer = _load_tokenizer(source)
+    if isinstance(tokenizer, str | Path):
+        where, tokenizer = tokenizer, _load_tokenizer(_source(tokenizer))
+        if tokenizer is None:
+            raise UnweaveError(f"no tokenizer was found in {str(where)!r}")
+    if tokenizer is not None:
+        _check_fit(tokenizer, module, name)
+    return LoadedModel(module, tokenizer, name)
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of the vocabulary, in hexadecimal: the same on every machine, another for every other token or id."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+def _source(model: str | Path) -> str:
+    """The folder or the name on the Hub that `model` stands for, in the form that transformers takes."""
+    folder = DEMO if model == "demo" else Path(model).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if isinstance(model, str) and model != "demo" and not folder.exists() and _HUB_NAME.fullmatch(model):
+        return model
+    if folder.exists():
+        raise UnweaveError(f"{str(folder)!r} is a file, where the folder of a model is needed")
+    raise UnweaveError(f"the folder {str(folder)!r} does not exist{_neighbours(folder)}")
+
+
+def _neighbours(folder: Path) -> str:
+    """Folders beside a missing one whose names are close, as the end of a sentence."""
+    beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    return nearest(str(folder), ["demo", *(str(other) for other in beside if other.is_dir())])
+
+
+def _load_module(source: str, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    if not _has_any(source, "config.json"):
+        if Path(source).is_dir():
+            raise UnweaveError(f"the folder {source!r} is no model in Hugging Face layout: it has no config.json")
+        raise UnweaveError(
+            f"the model {source!r} is no folder here, and was not found on the Hugging Face Hub, if that can be reached"
+            f"{_neighbours(Path(source))}"
+        )
+    with _transformers(source):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    kind: Any = AutoModelForCausalLM if _is_causal(config) else AutoModel
+    with _transformers(source):
+        module, info = kind.from_pretrained(
+            source, config=config, dtype=dtype, trust_remote_code=False,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    missing = set(info["missing_keys"])
+    if missing and all(key.startswith("pooler.") for key in missing):
+        module.pooler = None  # its random weights would be no part of the model, and no activation depends on them
+        missing.clear()
+    if missing:
+        raise UnweaveError(f"the checkpoint {source!r} lacks {len(missing)} of its weights, such as {min(missing)!r}")
+    if info["mismatched_keys"]:
+        key, stored, needed = min(info["mismatched_keys"])
+        raise UnweaveError(
+            f"in the checkpoint {source!r}, {key!r} has shape {tuple(stored)}, but by its config.json {tuple(needed)}"
+        )
+    return module
+
+
+def _is_causal(config: PretrainedConfig) -> bool:
+    """Whether the checkpoint is a causal LM: by its architecture, or, where it names none, by what its family is."""
+    from transformers.models.auto import modeling_auto as auto
+
+    if config.architectures:
+        return not set(config.architectures).isdisjoint(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    # Encoders such as BERT can be run as causal LMs too, but that is not what they were trained as.
+    family = config.model_type
+    return family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and family not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def _load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
+    from transformers import AutoTokenizer
+
+    if not _has_any(source, *_VOCABULARIES):
+        return None  # transformers would make up an empty one
+    with _transformers(source):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+
+
+def _check_fit(tokenizer: PreTrainedTokenizerBase, module: nn.Module, name: str) -> None:
+    """Every id that text can turn into needs a row of the embedding.
+
+    Special tokens that play no role in text are let through: Gemma 3's text models share the tokenizer of the
+    multimodal ones, whose image token they have no row for.
+    """
+    embedding: Any = getattr(module, "get_input_embeddings", None)
+    if embedding is None:
+        return
+    roles = {getattr(tokenizer, f"{role}_token_id") for role in _ROLES}
+    unused = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special} - roles
+    largest = max(set(tokenizer.get_vocab().values()) - unused)
+    rows = embedding().weight.shape[0]
+    if largest >= rows:
+        raise UnweaveError(
+            f"the tokenizer does not belong to the model {name!r}: it has the id {largest}, the embedding {rows} rows"
+        )
+
+
+def _has_any(source: str, *files: str) -> bool:
+    """Whether a folder, or else the Hub or its cache, has one of `files`; False too where the Hub is out of reach."""
+    from transformers.utils.hub import has_file
+
+    with _transformers(source):
+        return any(has_file(source, file) for file in files)
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UnweaveError(f"the device {str(device)!r} cannot be used: {_first_line(error)}") from error
+
+
+@contextmanager
+def _transformers(source: str) -> Iterator[None]:
+    """Transformers without its bars and warnings; what it says about an unusable checkpoint becomes one sentence."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    bars = transformers_logging.set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **{**kwargs, "disable": True}))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError) as error:
+        raise UnweaveError(f"{source!r} could not be loaded: {_first_line(error)}") from error
+    finally:
+        transformers_logging.set_tqdm_hook(bars)
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".:")
