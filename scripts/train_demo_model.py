@@ -105,6 +105,7 @@ def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, out: Path) 
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
     model.config.dtype = torch.bfloat16
+    model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(out)
     state = {k: v.detach().bfloat16().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
     save_file(state, out / "model.safetensors.tmp", metadata={"format": "pt"})
@@ -137,14 +138,25 @@ def main() -> None:
     train, held_out = pack(tokenizer, train_texts), pack(tokenizer, held_out_texts)
     tokenizer.model_max_length = args.context
     chars_per_token = sum(map(len, held_out_texts)) / len(held_out)
-    print(f"{len(train):,} training tokens, {len(held_out):,} held out, {chars_per_token:.2f} characters a token", flush=True)
+    print(
+        f"{len(train):,} training tokens, {len(held_out):,} held out, {chars_per_token:.2f} characters a token",
+        flush=True,
+    )
 
     model = GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=args.vocab, n_positions=args.context, n_embd=args.width, n_layer=args.layers, n_head=args.heads,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu_pytorch_tanh",
-            attn_implementation="eager",  # the fused CPU attention is slower at this head size
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            vocab_size=args.vocab,
+            n_positions=args.context,
+            n_embd=args.width,
+            n_layer=args.layers,
+            n_head=args.heads,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            activation_function="gelu_pytorch_tanh",
+            attn_implementation="eager",  # type: ignore[call-arg]  # the fused CPU attention is slower at this head size
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
         )
     )
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".h." in n]
@@ -183,8 +195,10 @@ def main() -> None:
             print(json.dumps(row), file=log, flush=True)
         if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
             state = {
-                "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                "generator": generator.get_state(), "step": step + 1,
+                "model": model.state_dict(),
+                "optimizers": [o.state_dict() for o in optimizers],
+                "generator": generator.get_state(),
+                "step": step + 1,
             }
             torch.save(state, checkpoint.with_suffix(".tmp"))
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
@@ -194,7 +208,7 @@ def main() -> None:
     save(model, tokenizer, args.out)
     shipped = GPT2LMHeadModel.from_pretrained(args.out, dtype=torch.float32).eval()
     unigram, bigram = ngram_entropies(train, held_out, args.vocab)
-    loss = evaluate(shipped, held_out, args.context)
+    held_out_loss = evaluate(shipped, held_out, args.context)
     report = {
         "python": sys.version.split()[0],
         "parameters": sum(p.numel() for p in shipped.parameters()),
@@ -205,15 +219,16 @@ def main() -> None:
         "unigram_nats": unigram,
         "bigram_nats": bigram,
         "train_nats": evaluate(shipped, train, args.context, 512),
-        "held_out_nats": loss,
-        "bits_per_char": loss / math.log(2) / chars_per_token,
+        "held_out_nats": held_out_loss,
+        "bits_per_char": held_out_loss / math.log(2) / chars_per_token,
     }
     for prompt in ("The statement ", "def __init__(self", "import os\n"):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         ids = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), ids], 1)
         torch.manual_seed(0)
-        sample = shipped.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=0.7,
-                                  max_new_tokens=60, pad_token_id=0)
+        sample = shipped.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=0.7, max_new_tokens=60, pad_token_id=0
+        )
         report.setdefault("samples", []).append(tokenizer.decode(sample[0, 1:]))
     (args.work / "report.json").write_text(json.dumps(report, indent=1))
     print(json.dumps(report, indent=1))

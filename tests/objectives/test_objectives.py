@@ -42,7 +42,7 @@ def test_target_l0_by_hand():
 
 
 def test_auxk_by_hand():
-    """pitfall_090, pitfall_104, pitfall_105: relative to the residual's variance; negative pre-activations count as 0."""
+    """pitfall_090, pitfall_104, pitfall_105: relative to the residual's variance; negative ones count as 0."""
     residual = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
     W_dec = torch.eye(2, dtype=torch.float64)
     aux = codes([[0.5, -3.0], [-1.0, -1.0]])
@@ -83,7 +83,9 @@ def test_auxk_default_k_is_a_power_of_two_near_half_the_width():
     assert AuxK(k=7).k_for(256) == 7
 
 
-@pytest.mark.parametrize("make", [lambda: L1(-1), lambda: TargetL0(0), lambda: TargetL0(5, -1), lambda: AuxK(-1), lambda: AuxK(1, 0)])
+@pytest.mark.parametrize(
+    "make", [lambda: L1(-1), lambda: TargetL0(0), lambda: TargetL0(5, -1), lambda: AuxK(-1), lambda: AuxK(1, 0)]
+)
 def test_impossible_settings(make):
     with pytest.raises(UnweaveError, match="needs"):
         make()

@@ -12,7 +12,13 @@ ACTIVATIONS = [ReLU(), TopK(3), BatchTopK(3), JumpReLU(0.2, 0.1)]
 
 
 def make(activation, dtype=torch.float32):
-    sae = SAE(7, 23, activation, generator=torch.Generator().manual_seed(0), metadata={"hook_name": "blocks.1.hook_resid_post"})
+    sae = SAE(
+        7,
+        23,
+        activation,
+        generator=torch.Generator().manual_seed(0),
+        metadata={"hook_name": "blocks.1.hook_resid_post"},
+    )
     sae.b_enc.data.copy_(torch.linspace(-0.3, 0.3, 23))
     sae.b_dec.data.copy_(torch.linspace(-1, 1, 7))
     if isinstance(activation, BatchTopK):

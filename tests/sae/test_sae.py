@@ -33,7 +33,9 @@ def dense_codes(sae, x, training):
         case TopK(k):
             mask = torch.zeros_like(pre).scatter(1, pre.topk(k, dim=1).indices, 1.0)
         case BatchTopK(k) if training:
-            mask = torch.zeros_like(pre).flatten().index_fill(0, pre.flatten().topk(k * len(x)).indices, 1.0).view_as(pre)
+            mask = (
+                torch.zeros_like(pre).flatten().index_fill(0, pre.flatten().topk(k * len(x)).indices, 1.0).view_as(pre)
+            )
         case ReLU():
             mask = torch.ones_like(pre)
         case _:

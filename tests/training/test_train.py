@@ -74,7 +74,9 @@ def test_a_run_and_its_files(config, tiny_model):
     result = train(config, model=tiny_model, progress=False)
     out = config_path(config)
     assert len(result.saes) == 8
-    assert [sae.metadata["hf_hook_name"] for sae in result.saes] == ["transformer.h.0"] * 4 + ["transformer.h.1.mlp"] * 4
+    assert [sae.metadata["hf_hook_name"] for sae in result.saes] == ["transformer.h.0"] * 4 + [
+        "transformer.h.1.mlp"
+    ] * 4
     assert result.saes[0].metadata["hook_name"] == "blocks.0.hook_resid_post"
     for sae, folder in zip(result.saes, result.folders, strict=True):
         loaded, x = SAE.load(folder), torch.randn(20, 16)
@@ -94,7 +96,9 @@ def test_one_sae_lies_in_sae(config, tiny_model):
 
 
 def test_two_runs_are_equal(config, tiny_model):
-    runs = [train(dataclasses.replace(config, out=None, tokens=1500), model=tiny_model, progress=False) for _ in range(2)]
+    runs = [
+        train(dataclasses.replace(config, out=None, tokens=1500), model=tiny_model, progress=False) for _ in range(2)
+    ]
     assert_equal(*runs)
 
 
@@ -114,7 +118,7 @@ def test_interrupted_and_resumed_is_bit_equal(config, tiny_model, monkeypatch, n
 
 
 def test_killed_between_checkpoints(config, tiny_model, monkeypatch):
-    """pitfall_170, pitfall_181: after a kill the run goes on from the last periodic checkpoint; later rows are dropped."""
+    """pitfall_170, pitfall_181: a killed run goes on from its last checkpoint; later rows are dropped."""
     config = dataclasses.replace(config, checkpoint_every=1280)
     whole = train(dataclasses.replace(config, out=config.out + "-whole"), model=tiny_model, progress=False)
 
@@ -207,7 +211,9 @@ def test_epochs_are_recorded(config, tiny_model):
     """pitfall_202: text that is read twice is not read twice in secret."""
     long = train(dataclasses.replace(config, tokens=20_000, saes=SAES[3:], out=None), model=tiny_model, progress=False)
     assert long.saes[0].metadata["training_epochs"] > 2
-    short = train(dataclasses.replace(config, tokens=500, buffer=256, saes=SAES[3:], out=None), model=tiny_model, progress=False)
+    short = train(
+        dataclasses.replace(config, tokens=500, buffer=256, saes=SAES[3:], out=None), model=tiny_model, progress=False
+    )
     assert short.saes[0].metadata["training_epochs"] == 1
 
 

@@ -54,6 +54,7 @@ def test_several_at_once_equal_one_by_one():
 
 def test_seed_is_used():
     """pitfall_162"""
+
     def weights(seed):
         return train_on(list(world(5)), [SAEConfig(d_sae=24, activation=TopK(3))], seed=seed, progress=False)[0].W_dec
 

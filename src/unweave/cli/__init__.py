@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from unweave._errors import UnweaveError
 
@@ -21,7 +22,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from unweave.cli.evaluate import EvalArgs
     from unweave.cli.train import TrainArgs
 
-    commands = {"demo": DemoArgs, "train": TrainArgs, "eval": EvalArgs, "dashboard": DashboardArgs}
+    commands: dict[str, Callable[..., Any]] = {
+        "demo": DemoArgs,
+        "train": TrainArgs,
+        "eval": EvalArgs,
+        "dashboard": DashboardArgs,
+    }
     args = tyro.extras.subcommand_cli_from_dict(
         commands,
         prog="unweave",

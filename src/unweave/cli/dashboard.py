@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from unweave.cli.evaluate import source_of
-from unweave.cli.output import status
+from unweave.cli.output import shown, status
 
 
 @dataclass
@@ -17,20 +18,20 @@ class DashboardArgs:
 
     sae: tyro.conf.Positional[Path]
     """Folder of the SAE."""
-    out: Path | None = None
-    """File to write. Default: features.html in the SAE's folder."""
-    model: str | None = None
-    """Default: the model that the SAE was trained on."""
-    data: str | None = None
-    """Default: the data that the SAE was trained on."""
-    hook: str | None = None
-    """Default: the hook that the SAE was trained at."""
+    out: Annotated[Path | None, shown("FILE", "features.html in the SAE's folder")] = None
+    """File to write."""
+    model: Annotated[str | None, shown("NAME", "the model that the SAE was trained on")] = None
+    """Model to run."""
+    data: Annotated[str | None, shown("NAME", "the data that the SAE was trained on")] = None
+    """Text to read."""
+    hook: Annotated[str | None, shown("NAME", "the hook that the SAE was trained at")] = None
+    """Where the SAE belongs."""
     tokens: int = 200_000
     """Held-out tokens to look at."""
     features: int = 100
     """How many features to show."""
-    context: int | None = None
-    """Tokens in a row. Default: as in training."""
+    context: Annotated[int | None, shown("N", "as in training")] = None
+    """Tokens in a row."""
     seed: int = 0
     """Seed of the order of the documents and of the sampled contexts."""
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from unweave.training import TrainConfig
 
 
 @dataclass
@@ -16,7 +20,7 @@ class DemoArgs:
 
     out: Path = Path("unweave-demo")
     """Folder for what it writes."""
-    tokens: int = 2_000_000
+    tokens: int = 1_600_000
     """Tokens to train on."""
     seed: int = 0
     """Every random choice follows from it."""
@@ -30,7 +34,9 @@ class DemoArgs:
 
         started = time.perf_counter()
         config = demo_config(str(self.out), self.tokens, self.seed)
-        print("A BatchTopK SAE on the residual stream of a 4-layer GPT-2, reading Python's own documentation and sources.")
+        print(
+            "A BatchTopK SAE on the residual stream of a 4-layer GPT-2, reading Python's own documentation and sources."
+        )
         result = train(config, overwrite=self.overwrite)
         (report,) = evaluate_saved(result, config, tokens=100_000)
         page = dashboard(
@@ -44,15 +50,15 @@ class DemoArgs:
             (self.out / "metrics.jsonl", "how training went"),
             (page, "open this one in a browser"),
         ):
-            print(f"  {str(path):<32} {what}")
+            print(f"  {path!s:<32} {what}")
 
 
-def demo_config(out: str | None, tokens: int, seed: int) -> object:
+def demo_config(out: str | None, tokens: int, seed: int) -> TrainConfig:
     """The demo's run: small enough for two CPU cores, good enough to look into."""
     from unweave.sae import BatchTopK
     from unweave.training import SAEConfig, TrainConfig
 
-    sae = SAEConfig(d_sae=4096, activation=BatchTopK(k=30), lr=2e-3)
+    sae = SAEConfig(d_sae=4096, activation=BatchTopK(k=30), lr=4e-3)
     return TrainConfig(
         model="demo", data="stdlib", hooks=("resid_post.1",), saes=(sae,), tokens=tokens, out=out, seed=seed
     )

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from unweave.cli.output import status
+from unweave.cli.output import shown, status
+
+if TYPE_CHECKING:
+    from unweave.sae import SAE
 
 
 @dataclass
@@ -16,24 +20,24 @@ class EvalArgs:
 
     sae: tyro.conf.Positional[Path]
     """Folder of the SAE."""
-    model: str | None = None
-    """Default: the model that the SAE was trained on."""
-    data: str | None = None
-    """Default: the data that the SAE was trained on."""
-    hook: str | None = None
-    """Default: the hook that the SAE was trained at."""
+    model: Annotated[str | None, shown("NAME", "the model that the SAE was trained on")] = None
+    """Model to run."""
+    data: Annotated[str | None, shown("NAME", "the data that the SAE was trained on")] = None
+    """Text to read."""
+    hook: Annotated[str | None, shown("NAME", "the hook that the SAE was trained at")] = None
+    """Where the SAE belongs."""
     tokens: int = 200_000
     """Held-out tokens to evaluate on."""
-    context: int | None = None
-    """Tokens in a row. Default: as in training."""
-    held_out: float | None = None
-    """Share of the documents that is held out. Default: as in training."""
-    out: Path | None = None
-    """File to write. Default: eval.json in the SAE's folder."""
+    context: Annotated[int | None, shown("N", "as in training")] = None
+    """Tokens in a row."""
+    held_out: Annotated[float | None, shown("X", "as in training")] = None
+    """Share of the documents that is held out."""
+    out: Annotated[Path | None, shown("FILE", "eval.json in the SAE's folder")] = None
+    """File to write."""
     seed: int = 0
     """Seed of the order of the documents."""
-    device: str | None = None
-    """Where to run. Default: a GPU if there is one."""
+    device: Annotated[str | None, shown("NAME", "a GPU if there is one")] = None
+    """Where to run."""
 
     def run(self) -> None:
         from rich.console import Console
@@ -53,12 +57,12 @@ class EvalArgs:
         print(f"saved {path}")
 
 
-def source_of(sae: object, args: object) -> dict[str, object]:
+def source_of(sae: SAE, args: Any) -> dict[str, Any]:
     """Model, data and how to read them: from the command line, else as the SAE was trained."""
     from unweave._errors import UnweaveError
     from unweave.activations import DataConfig
 
-    metadata = sae.metadata  # type: ignore[attr-defined]
+    metadata = sae.metadata
     found = {}
     for name, key in (("model", "model_name"), ("data", "dataset_path")):
         found[name] = getattr(args, name) or metadata.get(key)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from unweave._errors import UnweaveError
-from unweave.cli.output import status
+from unweave.cli.output import shown, status
 
 
 @dataclass
@@ -19,48 +19,50 @@ class TrainArgs:
     table for each SAE. What is given on the line wins, and settings of an SAE given on the line apply to all of them.
     """
 
-    config: Path | None = None
+    config: Annotated[Path | None, shown("PATH")] = None
     """TOML file with the settings of the run."""
-    model: str | None = None
-    """"demo" (the model that ships with unweave), a Hugging Face name, or a local folder. Default: demo."""
-    data: str | None = None
-    """"stdlib", a .txt, .jsonl or .parquet file, a folder of them, or a Hugging Face dataset. Default: stdlib."""
-    hooks: tuple[str, ...] | None = None
-    """Where to take activations: module paths, globs (h.*.mlp) or aliases (resid_post.1). Default: resid_post.1."""
-    tokens: int | None = None
-    """Tokens to train on. Default: 2,000,000."""
-    out: str | None = None
-    """Folder for the SAEs, metrics.jsonl, eval.json and checkpoints. Default: unweave-run."""
-    d_sae: int | None = None
-    """Number of latents. Default: 16,384."""
-    activation: Literal["topk", "batchtopk", "relu", "jumprelu"] | None = None
-    """Activation function. Default: topk."""
-    k: int | None = None
-    """Active latents per token, for topk and batchtopk. Default: 32."""
-    l1: float | None = None
-    """L1 coefficient, for relu. Default: 0.1 * sqrt(d_in)."""
-    target_l0: float | None = None
-    """Mean number of active latents to reach, for jumprelu. Default: 32."""
-    lr: float | None = None
-    """Learning rate. Default: 2e-4 / sqrt(d_sae / 16384)."""
-    batch_size: int | None = None
-    """Tokens in an optimiser step. Default: 4096."""
-    context: int | None = None
-    """Tokens in a row. Default: 128."""
-    column: str | None = None
-    """Text column of .jsonl, .parquet and Hugging Face data. Default: found by its usual names."""
+    model: Annotated[str | None, shown("NAME", "demo")] = None
+    """"demo" (the model that ships with unweave), a Hugging Face name, or a local folder."""
+    data: Annotated[str | None, shown("NAME", "stdlib")] = None
+    """"stdlib", a .txt, .jsonl or .parquet file, a folder of them, or a Hugging Face dataset."""
+    hooks: Annotated[tuple[str, ...] | None, shown("NAME ...", "resid_post.1")] = None
+    """Where to take activations: module paths, globs (h.*.mlp) or aliases (resid_post.1)."""
+    tokens: Annotated[int | None, shown("N", "2,000,000")] = None
+    """Tokens to train on."""
+    out: Annotated[str | None, shown("FOLDER", "unweave-run")] = None
+    """Folder for the SAEs, metrics.jsonl, eval.json and checkpoints."""
+    d_sae: Annotated[int | None, shown("N", "16,384")] = None
+    """Number of latents."""
+    activation: Annotated[
+        Literal["topk", "batchtopk", "relu", "jumprelu"] | None, shown("{topk,batchtopk,relu,jumprelu}", "topk")
+    ] = None
+    """Activation function."""
+    k: Annotated[int | None, shown("K", "32")] = None
+    """Active latents per token, for topk and batchtopk."""
+    l1: Annotated[float | None, shown("X", "0.1 * sqrt(d_in)")] = None
+    """L1 coefficient, for relu."""
+    target_l0: Annotated[float | None, shown("X", "32")] = None
+    """Mean number of active latents to reach, for jumprelu."""
+    lr: Annotated[float | None, shown("X", "2e-4 / sqrt(d_sae / 16384)")] = None
+    """Learning rate."""
+    batch_size: Annotated[int | None, shown("N", "4096")] = None
+    """Tokens in an optimiser step."""
+    context: Annotated[int | None, shown("N", "128")] = None
+    """Tokens in a row."""
+    column: Annotated[str | None, shown("NAME", "found by its usual names")] = None
+    """Text column of .jsonl, .parquet and Hugging Face data."""
     streaming: bool = False
     """Read a Hugging Face dataset over the network instead of downloading it first."""
-    held_out: float | None = None
-    """Share of the documents kept from training. Default: 0.05."""
-    buffer: int | None = None
-    """Tokens in the shuffling ring. Default: 32 batches."""
-    checkpoint_every: int | None = None
-    """Tokens between checkpoints; one is always written at an interruption. Default: none."""
-    seed: int | None = None
-    """Every random choice follows from it. Default: 0."""
-    device: str | None = None
-    """Where to run. Default: a GPU if there is one."""
+    held_out: Annotated[float | None, shown("X", "0.05")] = None
+    """Share of the documents kept from training."""
+    buffer: Annotated[int | None, shown("N", "32 batches")] = None
+    """Tokens in the shuffling ring."""
+    checkpoint_every: Annotated[int | None, shown("N", "none")] = None
+    """Tokens between checkpoints; one is always written at an interruption."""
+    seed: Annotated[int | None, shown("N", "0")] = None
+    """Every random choice follows from it."""
+    device: Annotated[str | None, shown("NAME", "a GPU if there is one")] = None
+    """Where to run."""
     eval_tokens: int = 100_000
     """Held-out tokens to evaluate each SAE on afterwards; 0 for none."""
     resume: bool = False
@@ -90,10 +92,9 @@ class TrainArgs:
         from unweave.training.train import read_run_config
 
         out = self.out or "unweave-run"
+        settings = read_toml(self.config) if self.config else {}
         if self.resume:
             settings = to_dict(read_run_config(Path(out)))
-        else:
-            settings = read_toml(self.config) if self.config else {}
         for name in ("model", "data", "tokens", "batch_size", "buffer", "checkpoint_every", "seed", "device"):
             if getattr(self, name) is not None:
                 settings[name] = getattr(self, name)

@@ -29,7 +29,7 @@ def topk(pre: Float[Tensor, "n m"], k: int) -> Selection:
 
 
 def topk_among(pre: Float[Tensor, "n m"], k: int, latents: Int64[Tensor, " c"]) -> Selection:
-    """The `min(k, c)` largest pre-activations of each row among the given latents (ascending), such as the dead ones."""
+    """The `min(k, c)` largest pre-activations of each row among some latents (ascending), such as the dead ones."""
     chosen = topk(pre[:, latents], min(k, len(latents)))
     return chosen._replace(indices=latents[chosen.indices])
 

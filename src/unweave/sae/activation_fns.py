@@ -102,8 +102,8 @@ class BatchTopK:
     def infer(self, pre: Pre, threshold: Threshold) -> Selection:
         if threshold is None or threshold.isnan():
             raise UnweaveError(
-                "this BatchTopK SAE has no threshold yet: calibrate it first (training does so at its end), because its "
-                "inference form compares each pre-activation with a threshold."
+                "this BatchTopK SAE has no threshold yet, which its inference form compares pre-activations with: "
+                "calibrate it first (training does so at its end)."
             )
         return kernels.above(pre, float(threshold.clamp(min=0)))
 

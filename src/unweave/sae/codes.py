@@ -87,8 +87,12 @@ class SparseCodes:
 
     @classmethod
     def from_entries(
-        cls, rows: Int64[Tensor, " nnz"], indices: Int64[Tensor, " nnz"], values: Float[Tensor, " nnz"],
-        n_rows: int, d_sae: int,
+        cls,
+        rows: Int64[Tensor, " nnz"],
+        indices: Int64[Tensor, " nnz"],
+        values: Float[Tensor, " nnz"],
+        n_rows: int,
+        d_sae: int,
     ) -> SparseCodes:
         """Codes from entries that are sorted by row."""
         counts = torch.bincount(rows, minlength=n_rows)
@@ -125,7 +129,10 @@ class SparseCodes:
             raise ValueError(f"SparseCodes takes slices of step 1, got {step}.")
         first, last = int(self.offsets[start]), int(self.offsets[max(stop, start)])
         return SparseCodes(
-            self.indices[first:last], self.values[first:last], self.offsets[start : max(stop, start) + 1] - first, self.d_sae
+            self.indices[first:last],
+            self.values[first:last],
+            self.offsets[start : max(stop, start) + 1] - first,
+            self.d_sae,
         )
 
     def to(self, *args: object, **kwargs: object) -> SparseCodes:
@@ -143,8 +150,10 @@ class SparseCodes:
         ends = torch.tensor([0] + [len(p.indices) for p in parts], device=parts[0].indices.device).cumsum(0)
         offsets = [p.offsets[:-1] + end for p, end in zip(parts, ends[:-1], strict=True)]
         return SparseCodes(
-            torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts]),
-            torch.cat([*offsets, ends[-1:]]), parts[0].d_sae,
+            torch.cat([p.indices for p in parts]),
+            torch.cat([p.values for p in parts]),
+            torch.cat([*offsets, ends[-1:]]),
+            parts[0].d_sae,
         )
 
 

@@ -185,7 +185,9 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
             raise UnweaveError(f"{name} in {str(path)!r} holds values that are not finite.")
     extra = sorted(tensors.keys() - expected.keys())
     if extra:
-        raise UnweaveError(f"{str(path)!r} holds the tensor {extra[0]!r}, which a {config['architecture']} SAE has not.")
+        raise UnweaveError(
+            f"{str(path)!r} holds the tensor {extra[0]!r}, which a {config['architecture']} SAE has not."
+        )
 
     stored = _DTYPES[str(tensors["W_dec"].dtype).removeprefix("torch.")]
     sae = sae.to(dtype or stored)

@@ -7,7 +7,7 @@ gradient (every row's gradient passes through the same `W_enc`), never another l
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from unweave import kernels
 from unweave.sae.codes import Codes, DenseCodes, SparseCodes
+
+AnyCodes = TypeVar("AnyCodes", bound=Codes)
 
 
 class _EncodeAt(torch.autograd.Function):
@@ -56,7 +58,9 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         values, W_dec = ctx.saved_tensors
         codes, grad = ctx.codes, grad.contiguous()
-        grad_values = kernels.sddmm(codes.indices, codes.rows, codes.offsets, grad, W_dec) if ctx.needs_input_grad[0] else None
+        grad_values = (
+            kernels.sddmm(codes.indices, codes.rows, codes.offsets, grad, W_dec) if ctx.needs_input_grad[0] else None
+        )
         grad_W = None
         if ctx.needs_input_grad[1]:
             order, rows, offsets = codes.by_latent
@@ -69,8 +73,8 @@ def encode_at(
     b_pre: Float[Tensor, " d_in"],
     W_enc: Float[Tensor, "d_in d_sae"],
     b_enc: Float[Tensor, " d_sae"],
-    pre: Codes,
-) -> Codes:
+    pre: AnyCodes,
+) -> AnyCodes:
     """Give pre-activations `(x - b_pre) @ W_enc + b_enc`, already computed at some entries, their gradients.
 
     Args:
@@ -83,7 +87,7 @@ def encode_at(
     Returns:
         The same entries, whose values are part of the graph.
     """
-    return pre.with_values(_EncodeAt.apply(x, b_pre, W_enc, b_enc, pre))
+    return cast(AnyCodes, pre.with_values(_EncodeAt.apply(x, b_pre, W_enc, b_enc, pre)))
 
 
 def decode(codes: Codes, W_dec: Float[Tensor, "d_sae d"]) -> Float[Tensor, "n d"]:
@@ -91,4 +95,3 @@ def decode(codes: Codes, W_dec: Float[Tensor, "d_sae d"]) -> Float[Tensor, "n d"
     if isinstance(codes, DenseCodes):
         return codes.values @ W_dec
     return _Decode.apply(codes.values, W_dec, codes)
-

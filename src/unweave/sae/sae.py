@@ -86,7 +86,9 @@ class SAE(nn.Module):
 
         W_dec = nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
         self.W_dec = nn.Parameter(W_dec)
-        self.W_enc = nn.Parameter(W_dec.clone().T)  # a transposed view of its own storage: (d_in, d_sae), latent by latent
+        self.W_enc = nn.Parameter(
+            W_dec.clone().T
+        )  # a transposed view of its own storage: (d_in, d_sae), latent by latent
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         if activation.threshold_shape == "vector":
@@ -105,7 +107,9 @@ class SAE(nn.Module):
 
     def _rows(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "n d_in"]:
         if x.shape[-1:] != (self.d_in,):
-            raise UnweaveError(f"this SAE takes activations of width {self.d_in}, got a tensor of shape {tuple(x.shape)}.")
+            raise UnweaveError(
+                f"this SAE takes activations of width {self.d_in}, got a tensor of shape {tuple(x.shape)}."
+            )
         return x.reshape(-1, self.d_in).to(self.dtype)
 
     def _bias_of_input(self) -> Float[Tensor, " d_in"]:
@@ -158,7 +162,7 @@ class SAE(nn.Module):
         pre = ops.encode_at(x, bias, self.W_enc, self.b_enc, pre)
         if aux is not None:
             aux = ops.encode_at(x, bias, self.W_enc, self.b_enc, aux)
-        return TrainingCodes(pre, self.activation.apply(pre, self.threshold), aux)  # type: ignore[arg-type]
+        return TrainingCodes(pre, self.activation.apply(pre, self.threshold), aux)
 
     def _select(self, centred: Tensor, latents: Tensor | None, k_aux: int) -> tuple[Codes, SparseCodes | None]:
         activation = self.activation

@@ -18,8 +18,8 @@ from unweave.sae import Activation, BatchTopK, JumpReLU, ReLU, TopK
 class SAEConfig:
     """One SAE and how it is trained.
 
-    Shares (`warmup`, `decay`, ...) are fractions of the run. Coefficients and thresholds are for inputs scaled to a mean
-    squared norm of d_in, which training does by itself and folds into the weights at its end.
+    Shares (`warmup`, `decay`, ...) are fractions of the run. Coefficients and thresholds are for inputs scaled to a
+    mean squared norm of d_in, which training does by itself and folds into the weights at its end.
 
     Attributes:
         d_sae: Number of latents.
@@ -35,7 +35,7 @@ class SAEConfig:
         grad_clip: Largest gradient norm, in units in which predicting the mean costs 1; None for no clipping.
         unit_norm: Whether decoder rows are kept at norm 1. None: yes, except for ReLU, whose L1 penalty weighs norms.
         b_dec_init: "mean" of the first activations (fewer dead latents) or "zeros".
-        dead_after: A latent is dead after this many tokens without firing. None: a tenth of the run, 10 million at most.
+        dead_after: Tokens without firing after which a latent is dead. None: a tenth of the run, at most 10 million.
     """
 
     d_sae: int = 16_384
@@ -131,7 +131,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         # Lists are what JSON, TOML and most callers bring.
-        object.__setattr__(self, "hooks", (self.hooks,) if isinstance(self.hooks, str) else tuple(self.hooks))
+        hooks: Any = self.hooks
+        object.__setattr__(self, "hooks", (hooks,) if isinstance(hooks, str) else tuple(hooks))
         object.__setattr__(self, "saes", tuple(self.saes))
         for name in ("tokens", "batch_size", "prompts_per_pass", "buffer", "checkpoint_every"):
             value = getattr(self, name)
@@ -177,14 +178,20 @@ def from_dict(cls: type[Any], values: dict[str, Any], where: str = "") -> Any:
     arguments = {}
     for key, value in values.items():
         if key not in keys:
-            raise UnweaveError(f"there is no setting {where + key!r}{nearest(key, keys) or '; there are ' + ', '.join(keys)}")
+            raise UnweaveError(
+                f"there is no setting {where + key!r}{nearest(key, keys) or '; there are ' + ', '.join(keys)}"
+            )
         arguments[key] = _convert(hints[key], value, where + key)
     return cls(**arguments)
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
-    classes = [o for o in options if dataclasses.is_dataclass(o)]
+    options = (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else (hint,)
+    )
+    classes: list[Any] = [o for o in options if dataclasses.is_dataclass(o)]
     if classes and isinstance(value, dict):
         if len(classes) == 1 and "type" not in value:
             return from_dict(classes[0], value, where + ".")
@@ -202,7 +209,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         raise UnweaveError(f"{where} is one of {', '.join(map(repr, literals))}, got {value!r}.")
     plain = tuple(o for o in options if isinstance(o, type) and not dataclasses.is_dataclass(o))
     accepted = (*plain, int) if float in plain else plain
-    if accepted and not literals and (not isinstance(value, accepted) or (isinstance(value, bool) and bool not in plain)):
+    if (
+        accepted
+        and not literals
+        and (not isinstance(value, accepted) or (isinstance(value, bool) and bool not in plain))
+    ):
         if isinstance(value, float) and value.is_integer() and int in plain:
             return int(value)
         raise UnweaveError(f"{where} must be {' or '.join(p.__name__ for p in plain)}, got {value!r}.")

@@ -41,7 +41,7 @@ def calibrate_threshold(sae: SAE, batches: Iterable[Float[Tensor, "n d_in"]]) ->
 
 
 def finished_sae(trainee: Trainee, calibration: list[Float[Tensor, "n d_in"]], metadata: dict[str, Any]) -> SAE:
-    """A copy of the trainee's SAE on raw activations, with unit decoder rows and, for BatchTopK, a calibrated threshold.
+    """A copy of the trainee's SAE for raw activations, with unit decoder rows and, for BatchTopK, its threshold.
 
     Args:
         trainee: What was trained.
@@ -72,7 +72,7 @@ def save_finished(sae: SAE, config: SAEConfig, folder: Path) -> Path:
 
 
 def _sae_lens_training_keys(config: SAEConfig, d_in: int) -> dict[str, Any]:
-    """SAELens' training keys. Its reduction convention is ours, at inputs of mean norm (not root mean square) sqrt(d)."""
+    """SAELens' training keys. Its reductions are ours, at inputs of mean (not root mean square) norm sqrt(d)."""
     keys: dict[str, Any] = {"decoder_init_norm": 1.0 if config.decoder_is_unit else 0.1}
     match config.activation, config.sparsity_term:
         case ReLU(), L1() as l1:

@@ -55,15 +55,13 @@ class Plan:
         )
 
 
-def plan_run(config: TrainConfig, stream: ActivationStream, names: list[str]) -> Plan:
+def plan_run(config: TrainConfig, stream: ActivationStream) -> Plan:
     """Measure a forward pass and a training step of each SAE; the stream is not moved on."""
     cost = stream.measure()
-    element = {torch.float64: 8, torch.float32: 4}.get(next(stream.model.module.parameters()).dtype, 2)
-    widths = {name: size // element for name, size in cost.bytes_per_token.items()}
-    device = next(stream.model.module.parameters()).device
+    widths = stream.widths()
     steps, seconds, parameters = -(-config.tokens // config.batch_size), 0.0, 0
     for width in widths.values():
-        sample = torch.randn(config.batch_size, width, device=device)
+        sample = torch.randn(config.batch_size, width, device=stream.device)
         for sae in config.saes:
             trainee = Trainee(sae, sample, steps=steps, tokens=config.tokens, seed=0)
             trainee.step(sample)

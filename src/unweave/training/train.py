@@ -66,14 +66,16 @@ class Session:
 
     def plan(self) -> Plan:
         """Shapes, steps, bytes and time, measured on some forward passes and steps."""
-        return plan_run(self.config, self.stream, self.names)
+        return plan_run(self.config, self.stream)
 
 
 def prepare(config: TrainConfig, model: Any = None) -> Session:
     """Load the model, open the text, and resolve the hooks; raises UnweaveError where one of them is wrong."""
     loaded = model if isinstance(model, LoadedModel) else load_model(model or config.model, device=config.device)
     if loaded.tokenizer is None:
-        raise UnweaveError(f"the model {loaded.name!r} has no tokenizer; train on its activations with train_on instead.")
+        raise UnweaveError(
+            f"the model {loaded.name!r} has no tokenizer; train on its activations with train_on instead."
+        )
     hooks = resolve_hooks(loaded.module, config.hooks)
     rows = TokenRows(config.data, loaded.tokenizer, config.text, held_out=False, repeat=True)
     stream = ActivationStream(loaded, hooks, rows, config.masks, prompts_per_pass=config.prompts_per_pass)
@@ -149,7 +151,9 @@ def _finish(session: Session, run: Run, out: Path | None) -> TrainResult:
             saes.append(sae)
             if out is not None:
                 only = len(session.hooks) * len(session.config.saes) == 1
-                folder = out / "sae" if only else out / "saes" / name.replace(":", "_") / f"{i:02d}_{sae.activation.name}"
+                folder = (
+                    out / "sae" if only else out / "saes" / name.replace(":", "_") / f"{i:02d}_{sae.activation.name}"
+                )
                 folders.append(save_finished(sae, trainee.config, folder))
     if out is not None:
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
@@ -161,7 +165,9 @@ def _held_out_activations(session: Session) -> dict[str, Tensor]:
     config = session.config
     held_out = config.text.held_out > 0
     rows = TokenRows(config.data, session.model.tokenizer, config.text, held_out=held_out)
-    stream = ActivationStream(session.model, session.hooks, rows, config.masks, prompts_per_pass=config.prompts_per_pass)
+    stream = ActivationStream(
+        session.model, session.hooks, rows, config.masks, prompts_per_pass=config.prompts_per_pass
+    )
     parts: list[dict[str, Tensor]] = []
     for part in stream:
         parts.append(part)
@@ -199,7 +205,9 @@ def _check_folder(config: TrainConfig, out: Path | None, *, resume: bool, overwr
         raise UnweaveError(f"the output {str(out)!r} is a file; name a folder.")
     if not resume:
         if out.is_dir() and any(out.iterdir()) and not overwrite:
-            raise UnweaveError(f"the folder {str(out)!r} is not empty; pass --resume to go on or --overwrite to start anew.")
+            raise UnweaveError(
+                f"the folder {str(out)!r} is not empty; pass --resume to go on or --overwrite to start anew."
+            )
         return None
     if any((out / name).exists() for name in ("sae", "saes")):
         raise UnweaveError(f"the run in {str(out)!r} is finished, so there is nothing to resume.")
@@ -209,7 +217,9 @@ def _check_folder(config: TrainConfig, out: Path | None, *, resume: bool, overwr
     before = read_run_config(out)
     for key, value in to_dict(config).items():
         if key not in ("out", "device") and value != to_dict(before)[key]:
-            raise UnweaveError(f"the run in {str(out)!r} has {key}={to_dict(before)[key]!r}, so it cannot go on with {value!r}.")
+            raise UnweaveError(
+                f"the run in {str(out)!r} has {key}={to_dict(before)[key]!r}, so it cannot go on with {value!r}."
+            )
     return saved[-1]
 
 

@@ -42,7 +42,9 @@ def train_on(
     """
     if tokens is None:
         if not isinstance(batches, Sequence):
-            raise UnweaveError("pass tokens=..., the number of rows to train on: the schedules need to know it beforehand.")
+            raise UnweaveError(
+                "pass tokens=..., the number of rows to train on: the schedules need to know it beforehand."
+            )
         tokens = sum(len(b) for b in batches)
     if not saes:
         raise UnweaveError("there is no SAE to train: pass at least one SAEConfig.")

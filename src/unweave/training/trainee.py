@@ -24,7 +24,7 @@ _EMA = 0.99
 
 
 class StepSums(NamedTuple):
-    """Sums over the tokens of a step, in raw-scale-free units, on the device; ratios are formed when they are logged."""
+    """Sums over the tokens of a step, at the scale of training, on the device; ratios are formed for the log."""
 
     tokens: Tensor
     squared_error: Tensor
@@ -48,7 +48,9 @@ class Trainee:
         seed: Gives the initial decoder.
     """
 
-    def __init__(self, config: SAEConfig, sample: Float[Tensor, "n d_in"], *, steps: int, tokens: int, seed: int) -> None:
+    def __init__(
+        self, config: SAEConfig, sample: Float[Tensor, "n d_in"], *, steps: int, tokens: int, seed: int
+    ) -> None:
         self.config, self.steps, self.step_count = config, steps, 0
         d_in = sample.shape[1]
         mean_square = sample.float().square().sum(1).mean().item()
@@ -137,7 +139,7 @@ class Trainee:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, by parameter name."""
-        names = {p: n for n, p in self.sae.named_parameters()}
+        names: dict[Tensor, str] = {p: n for n, p in self.sae.named_parameters()}
         return {
             "sae": dict(self.sae.state_dict()),
             "optimizer": {names[p]: dict(s) for p, s in self.optimizer.state.items()},

@@ -145,7 +145,8 @@ def _check_batch(x: Tensor, d_in: int, hook: str, step: int) -> None:
 
 def _row(run: Run, hook: str, i: int, sums: StepSums, rate: float) -> dict[str, Any]:
     """One line of `metrics.jsonl`: what happened since the last one."""
-    tokens, error, variance, l0, loss, grad_norm = (v / sums.tokens.item() for v in torch.stack(sums).tolist())
+    tokens, *totals = torch.stack(sums).tolist()
+    error, variance, l0, loss, grad_norm = (total / tokens for total in totals)
     trainee = run.trainees[hook][i]
     row: dict[str, Any] = {"step": run.step, "tokens": run.seen, "total_tokens": run.tokens, "hook": hook, "sae": i}
     row |= {
@@ -179,7 +180,7 @@ def _warn(run: Run, row: dict[str, Any], warned: set[str], bar: Progress) -> Non
 def _open_log(run: Run) -> Any:
     """`metrics.jsonl`, holding the rows up to where the run stands and no later ones."""
     if run.out is None:
-        return open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        return open(os.devnull, "w", encoding="utf-8")
     path = run.out / "metrics.jsonl"
     with atomic_path(path) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in run.history), encoding="utf-8")

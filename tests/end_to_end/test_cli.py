@@ -1,0 +1,194 @@
+"""The command line as a user types it: real processes, real files, exit statuses, one-sentence errors."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from unweave.sae import SAE
+
+SMALL = ["--tokens", "6000", "--d-sae", "256", "--k", "8", "--batch-size", "512", "--buffer", "2048", "--context", "64"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Some real documents, so that no test has to read the whole standard library."""
+    from unweave.activations import standard_library_text
+
+    path = tmp_path_factory.mktemp("text") / "documents.jsonl"
+    documents = (t for t, _ in zip(standard_library_text(), range(300), strict=False))
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in documents), encoding="utf-8")
+    return str(path)
+
+
+def unweave(*arguments, cwd, check=None):
+    command = [sys.executable, "-m", "unweave", *map(str, arguments)]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    if check is not None:
+        assert result.returncode == check, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, text):
+    folder = tmp_path_factory.mktemp("run")
+    result = unweave("train", "--data", text, *SMALL, "--eval-tokens", "2000", "--out", "run", cwd=folder, check=0)
+    return folder / "run", result
+
+
+def test_train_writes_and_prints(run_folder):
+    folder, result = run_folder
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "eval.json", "metrics.jsonl", "sae"]
+    sae = SAE.load(folder / "sae")
+    assert (sae.d_in, sae.d_sae, sae.activation.k) == (224, 256, 8)
+    assert sae.metadata["hook_name"] == "blocks.1.hook_resid_post"
+    assert "explained variance" in result.stdout.lower()
+    assert re.search(r"plan: 6,000 tokens in 12 steps", result.stderr)
+    assert re.search(r"100% of 6,000 tokens.*EV.*dead.*tok/s", result.stderr)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["tokens"] == 6000
+    report = json.loads((folder / "eval.json").read_text())
+    assert report["eval_type_id"] == "core"
+    assert report["eval_result_metrics"]["sparsity"]["l0"] == pytest.approx(8, abs=0.5)
+
+
+def test_eval_and_dashboard_of_a_saved_sae(run_folder):
+    """Model, data and hook come from the SAE itself."""
+    folder, _ = run_folder
+    result = unweave("eval", "run/sae", "--tokens", "2000", cwd=folder.parent, check=0)
+    assert "explained variance" in result.stdout.lower()
+    assert (folder / "sae" / "eval.json").exists()
+    arguments = ["--tokens", "5000", "--features", "5", "--out", "page.html"]
+    unweave("dashboard", "run/sae", *arguments, cwd=folder.parent, check=0)
+    assert "<!doctype html>" in (folder.parent / "page.html").read_text(encoding="utf-8").lower()
+
+
+def test_a_finished_run_is_protected(run_folder, text):
+    folder, _ = run_folder
+    before = (folder / "metrics.jsonl").read_bytes()
+    result = unweave("train", "--data", text, *SMALL, "--out", "run", cwd=folder.parent, check=2)
+    assert "--overwrite" in result.stderr
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_interrupt_and_resume_end_bit_equal(tmp_path, text):
+    """pitfall_178, pitfall_179, through the command line: Ctrl-C saves and says how to go on."""
+    long = ["--data", text, *SMALL, "--tokens", "40000", "--eval-tokens", "0"]
+    unweave("train", *long, "--out", "whole", cwd=tmp_path, check=0)
+    command = [sys.executable, "-m", "unweave", "train", *long, "--checkpoint-every", "5000", "--out", "run"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    while process.poll() is None and not (checkpoints.is_dir() and any(checkpoints.glob("step-*"))):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "--resume" in errors
+    unweave("train", "--out", "run", "--resume", "--eval-tokens", "0", cwd=tmp_path, check=0)
+    whole, resumed = (SAE.load(tmp_path / name / "sae").state_dict() for name in ("whole", "run"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_toml_and_line(tmp_path, text):
+    """A config file with several SAEs; the line wins over the file."""
+    (tmp_path / "run.toml").write_text(
+        f"""
+        data = {json.dumps(text)}
+        hooks = ["resid_post.0"]
+        tokens = 999_999_999
+        batch_size = 512
+        buffer = 2048
+        text = {{ context = 64 }}
+        [[saes]]
+        d_sae = 64
+        activation = {{ type = "topk", k = 4 }}
+        [[saes]]
+        d_sae = 64
+        activation = {{ type = "relu" }}
+        """
+    )
+    arguments = ["--config", "run.toml", "--tokens", "2000", "--eval-tokens", "0", "--out", "out"]
+    unweave("train", *arguments, cwd=tmp_path, check=0)
+    names = sorted(p.name for p in (tmp_path / "out" / "saes" / "transformer.h.0").iterdir())
+    assert names == ["00_topk", "01_relu"]
+
+
+def test_dry_run_spends_nothing(tmp_path, text):
+    result = unweave("train", "--data", text, *SMALL, "--dry-run", cwd=tmp_path, check=0)
+    assert "6,000 tokens in 12 steps" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hooks", "resid_post.9"], r"resid_post\.9.*resid_post\.3"),
+        (["--hooks", "transformer.h.1.mpl"], "transformer.h.1.mlp"),
+        (["--model", "no/such/model/here"], "no/such/model/here"),
+        (["--data", "nowhere.txt"], "nowhere.txt"),
+        (["--data", "empty.txt"], "empty.txt"),
+        (["--data", "short.txt"], "short.txt"),
+        (["--k", "300"], "k=300.*256"),
+        (["--d-sae", "0"], "d_sae.*0"),
+        (["--activation", "relu"], "--k goes with"),
+        (["--config", "bad.toml"], "did you mean 'hooks'"),
+        (["--config", "missing.toml"], "missing.toml"),
+        (["--resume"], "config"),
+        (["--context", "100000"], "100000"),
+        (["--device", "cuda:99"], "cuda:99"),
+    ],
+    ids=lambda v: v[0] if isinstance(v, list) else "",
+)
+def test_wrong_input_is_one_sentence(tmp_path, text, arguments, message, capsys, monkeypatch):
+    """Exit status 2, one line, nothing written."""
+    from unweave.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("A few words.")
+    (tmp_path / "bad.toml").write_text('hook = ["resid_post.1"]')
+    before = sorted(os.listdir(tmp_path))
+    status = main(["train", "--data", text, *SMALL, "--out", "out", *arguments])
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert status == 2
+    assert len(errors) == 1, errors
+    assert re.search(message, errors[0])
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("arguments", [["train", "--tokns", "5"], ["trian"], ["train", "--tokens", "many"]])
+def test_misspelt_flags(arguments, capsys):
+    from unweave.cli import main
+
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err
+
+
+def test_help_names_every_command(capsys):
+    from unweave.cli import main
+
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("demo", "train", "eval", "dashboard"))
+
+
+@pytest.mark.slow
+def test_demo(tmp_path):
+    """What the README promises: quality at L0 of at most 32 on held-out text, few dead latents, a page."""
+    unweave("demo", "--out", "demo", cwd=tmp_path, check=0)
+    assert {p.name for p in (tmp_path / "demo").iterdir()} >= {"sae", "eval.json", "metrics.jsonl", "features.html"}
+    metrics = json.loads((tmp_path / "demo" / "eval.json").read_text())["eval_result_metrics"]
+    assert metrics["sparsity"]["l0"] <= 32
+    assert metrics["reconstruction_quality"]["explained_variance"] >= 0.75
+    assert metrics["model_performance_preservation"]["ce_loss_score"] >= 0.90
+    assert metrics["misc_metrics"]["frac_alive"] >= 0.95
