@@ -1,0 +1,62 @@
+"""Everything that the README and the docs show runs (pitfall_358).
+
+Each page in an empty folder of its own, from top to bottom: its ```python blocks share one namespace, each line of its
+```bash blocks is an `unweave` command that must succeed, and a ```toml block is the file that its first line names.
+What cannot run in a test (installing, minutes of demo, what needs the network) stands in ```sh blocks.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+class Block(NamedTuple):
+    language: str
+    first_line: int
+    code: str
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [Block(m[1], text.count("\n", 0, m.start(2)), m[2]) for m in FENCE.finditer(text)]
+
+
+def run_command(line: str) -> None:
+    program, *arguments = shlex.split(line)
+    assert program == "unweave", f"{line!r} is no unweave command"
+    code = "import sys; from unweave.cli import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("page", [p for p in PAGES if any(b.language in ("python", "bash") for b in blocks(p))],
+                         ids=lambda p: p.stem)  # fmt: skip
+def test_what_the_page_shows_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks(page):
+        if block.language == "python":
+            # Padded with empty lines, so that a traceback points into the page.
+            exec(compile("\n" * block.first_line + block.code, str(page), "exec"), namespace)
+        elif block.language == "toml":
+            Path(re.match(r"# ([\w.]+)", block.code)[1]).write_text(block.code, encoding="utf-8")
+        elif block.language == "bash":
+            for line in block.code.replace("\\\n", " ").splitlines():
+                run_command(line.partition("  #")[0])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_every_block_says_what_it_is(page: Path) -> None:
+    assert {block.language for block in blocks(page)} <= {"python", "bash", "sh", "text", "toml", "json"}

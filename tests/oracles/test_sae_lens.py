@@ -1,0 +1,126 @@
+"""sae-lens reads our files and computes the same, and we read its files and compute the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from unweave import SAE, BatchTopK, JumpReLU, ReLU, TopK
+
+# sae-lens warns while it is imported, which is no concern of ours.
+pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("default")]
+
+D_IN, D_SAE = 24, 96
+ACTIVATIONS = [ReLU(), TopK(k=5), BatchTopK(k=5), JumpReLU()]
+
+
+@pytest.fixture(scope="module")
+def sae_lens() -> ModuleType:
+    import sae_lens
+
+    return sae_lens
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(50, D_IN) * 2 + torch.randn(D_IN)
+
+
+@torch.no_grad()
+def randomise(sae: Any) -> None:
+    """Biases, thresholds and decoder norms that matter."""
+    sae.b_enc.copy_(torch.randn(D_SAE) * 0.5)
+    sae.b_dec.copy_(torch.randn(D_IN))
+    sae.W_enc.copy_(torch.randn(D_IN, D_SAE) / D_IN**0.5)
+    sae.W_dec.copy_(torch.randn(D_SAE, D_IN) / D_IN**0.5)
+
+
+def our_sae(activation: Any, *, apply_b_dec_to_input: bool) -> SAE:
+    sae = SAE(D_IN, D_SAE, activation, apply_b_dec_to_input=apply_b_dec_to_input, metadata={"hook_name": "h.1"})
+    randomise(sae)
+    if sae.threshold is not None:
+        sae.threshold.data = 0.3 + torch.rand(sae.threshold.shape)
+    return sae
+
+
+def assert_equal(ours: SAE, theirs: Any, x: Tensor) -> None:
+    """Equal codes and reconstructions, of codes that are neither empty nor full."""
+    codes = theirs.encode(x)
+    assert 0 < (codes != 0).float().mean() < 1
+    torch.testing.assert_close(ours.encode(x), codes, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.decode(codes), theirs.decode(codes), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.name)
+def test_sae_lens_loads_ours(
+    sae_lens: ModuleType, tmp_path: Path, x: Tensor, activation: Any, apply_b_dec_to_input: bool
+) -> None:
+    ours = our_sae(activation, apply_b_dec_to_input=apply_b_dec_to_input)
+    theirs = sae_lens.SAE.load_from_disk(ours.save(tmp_path / "sae"))
+    expected = {"relu": "standard", "batchtopk": "jumprelu"}.get(activation.name, activation.name)
+    assert theirs.cfg.architecture() == expected
+    assert theirs.cfg.metadata.hook_name == "h.1"
+    assert_equal(ours, theirs, x)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.name)
+def test_sae_lens_loads_our_training_form(
+    sae_lens: ModuleType, tmp_path: Path, x: Tensor, activation: Any
+) -> None:
+    from unweave.sae.files import save_training_form
+
+    ours = our_sae(activation, apply_b_dec_to_input=True)
+    theirs = sae_lens.TrainingSAE.load_from_disk(save_training_form(ours, tmp_path / "sae", {}))
+    assert theirs.cfg.architecture() == {"relu": "standard"}.get(activation.name, activation.name)
+    torch.testing.assert_close(ours.decode(ours.encode(x)), theirs.decode(ours.encode(x)), atol=1e-5, rtol=1e-5)
+
+
+def their_sae(sae_lens: ModuleType, kind: str, **config: Any) -> Any:
+    sae = getattr(sae_lens, kind)(getattr(sae_lens, f"{kind}Config")(d_in=D_IN, d_sae=D_SAE, **config))
+    randomise(sae)
+    if kind.startswith("JumpReLU"):
+        sae.threshold.data = 0.3 + torch.rand(D_SAE)
+    if kind.startswith("BatchTopK"):
+        sae.topk_threshold = torch.tensor(0.4, dtype=torch.double)
+    return sae
+
+
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("StandardSAE", {}),
+        ("TopKSAE", {"k": 5}),
+        ("TopKSAE", {"k": 5, "rescale_acts_by_decoder_norm": True}),
+        ("JumpReLUSAE", {}),
+    ],
+    ids=["standard", "topk", "topk-rescaled", "jumprelu"],
+)
+def test_we_load_theirs(
+    sae_lens: ModuleType, tmp_path: Path, x: Tensor, kind: str, config: dict[str, Any], apply_b_dec_to_input: bool
+) -> None:
+    theirs = their_sae(sae_lens, kind, apply_b_dec_to_input=apply_b_dec_to_input, **config)
+    theirs.save_model(tmp_path)
+    ours = SAE.load(tmp_path)
+    assert ours.apply_b_dec_to_input == apply_b_dec_to_input
+    torch.testing.assert_close(ours.encode(x), theirs.encode(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_we_load_their_batchtopk_training_checkpoint(
+    sae_lens: ModuleType, tmp_path: Path, x: Tensor, rescale: bool
+) -> None:
+    training = their_sae(sae_lens, "BatchTopKTrainingSAE", k=5, rescale_acts_by_decoder_norm=rescale)
+    training.save_model(tmp_path / "training")
+    training.save_inference_model(tmp_path / "inference")
+    theirs = sae_lens.SAE.load_from_disk(tmp_path / "inference")
+    assert_equal(SAE.load(tmp_path / "inference"), theirs, x)
+    assert_equal(SAE.load(tmp_path / "training"), theirs, x)

@@ -1,0 +1,68 @@
+"""The face: what `import unweave` loads, and that every name is there, also for type checkers."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import unweave
+
+HEAVY = {"transformers", "datasets", "pyarrow", "pandas", "numba", "matplotlib", "sklearn", "scipy"}
+
+
+def run(program: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def modules_after(program: str) -> set[str]:
+    return set(run(f"{program}\nimport sys; print(*{{m.split('.')[0] for m in sys.modules}})").split())
+
+
+def test_import_unweave_loads_nothing_heavy() -> None:
+    assert modules_after("import unweave") & (HEAVY | {"torch", "numpy", "rich", "tyro", "huggingface_hub"}) == set()
+
+
+def test_every_name_together_loads_nothing_heavy() -> None:
+    assert modules_after("from unweave import *") & (HEAVY | {"tyro"}) == set()
+
+
+def test_every_name_resolves_and_is_listed() -> None:
+    assert all(getattr(unweave, name) is not None for name in unweave.__all__)
+    assert set(unweave.__all__) <= set(dir(unweave))
+
+
+def test_type_checkers_see_what_the_table_says() -> None:
+    tree = ast.parse(Path(unweave.__file__).read_text(encoding="utf-8"))
+    guarded = next(n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+    seen = {a.name: str(n.module) for n in guarded.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    # A function with the name of its file is imported from the file: of the package, mypy would take the file itself.
+    assert seen.keys() == unweave._HOME.keys()
+    assert all(module in (home := unweave._HOME[name], f"{home}.{name}") for name, module in seen.items())
+    assert set(unweave.__all__) == set(unweave._HOME)
+
+
+def test_a_misspelt_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'BatchTopk'; did you mean 'BatchTopK'"):
+        unweave.BatchTopk  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "",
+        "import unweave.dashboard",
+        "unweave.dashboard; import unweave.dashboard",
+        "from unweave.dashboard import dashboard",
+        "import importlib; importlib.import_module('unweave.dashboard')",
+    ],
+)
+def test_dashboard_is_the_function_whatever_was_imported_before(before: str) -> None:
+    check = "print(unweave.dashboard is sys.modules['unweave.dashboard'].dashboard)"
+    assert run(f"import sys, unweave\n{before}\nunweave.dashboard\n{check}") == "True"

@@ -1,0 +1,65 @@
+"""What a user's package manager sees."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import tomllib
+from importlib.metadata import entry_points, version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import unweave
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "unweave"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+CORE = [Requirement(line) for line in PROJECT["dependencies"]]
+EXTRAS = {name: [Requirement(r) for r in lines] for name, lines in PROJECT["optional-dependencies"].items()}
+PINS = {
+    canonicalize_name(name): pin
+    for name, _, pin in (
+        line.partition("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    )
+}  # fmt: skip
+
+
+def test_version_and_command() -> None:
+    assert version("unweave") == unweave.__version__
+    (command,) = entry_points(group="console_scripts", name="unweave")
+    assert callable(command.load())
+
+
+def test_users_get_ranges_and_torch_is_never_reinstalled_pitfall_360_361() -> None:
+    assert not [str(r) for r in CORE for s in r.specifier if s.operator not in (">=", "<", "!=")]
+    assert str(next(r for r in CORE if r.name == "torch").specifier) == ">=2.5"
+
+
+@pytest.mark.parametrize("requirement", [*CORE, *(r for extra in EXTRAS.values() for r in extra)], ids=str)
+def test_the_pins_lie_within_the_ranges(requirement: Requirement) -> None:
+    if requirement.name != "unweave":
+        assert PINS[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+def test_every_import_is_declared_pitfall_363_364() -> None:
+    declared = {r.name for r in [*CORE, *EXTRAS["data"]]} | {"unweave"}
+    declared |= {"tokenizers"}  # part of transformers
+    used = set()
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                used |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                used.add(str(node.module).split(".")[0])
+    assert used - sys.stdlib_module_names - declared == set()
+
+
+def test_one_licence_everywhere_pitfall_371() -> None:
+    assert PROJECT["license"] == "MIT"
+    assert (ROOT / "LICENSE").read_text(encoding="utf-8").startswith("MIT License")
+    assert "MIT" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert (SOURCE / "py.typed").exists()
