@@ -1,0 +1,49 @@
+"""One self-contained HTML file: data, style and script in their places in a template.
+
+The page asks no server for anything and evaluates no strings. Its content-security policy allows exactly the inline
+style and script whose hashes it names, so nothing that a token spells can run, even if it got into the markup. It
+cannot get there either: all data is JSON in a data block that it cannot end, and the script only makes text nodes of
+it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+
+def render(data: dict[str, Any], *, title: str) -> str:
+    """The page's text.
+
+    Args:
+        data: What `page.js` reads: `header`, `strings` and `latents`.
+        title: Title of the document.
+    """
+    style, script = _asset("page.css"), _asset("page.js")
+    return Template(_asset("page.html")).substitute(
+        title=html.escape(title),
+        style=style,
+        style_hash=_hash(style),
+        script=script,
+        script_hash=_hash(script),
+        data=embed_json(data),
+    )
+
+
+def embed_json(value: Any) -> str:
+    """JSON that is inert inside a `<script>` element: ASCII without `<`, lone surrogates and U+2028 escaped."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _asset(name: str) -> str:
+    return files("unweave.dashboard").joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """A source expression of a content-security policy."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
