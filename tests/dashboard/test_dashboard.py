@@ -95,8 +95,8 @@ def test_pitfall_345_the_header_counts_what_the_masks_left_out(
     sae: SAE, model: LoadedModel, rows: TokenBatch, tmp_path: Path
 ) -> None:
     masks = MaskConfig(positions="1:", norm_multiple=1.2)
-    path = dashboard(sae, model=model, data=[rows], path=tmp_path / "f.html", tokens=10**6, masks=masks)
-    report = evaluate(sae, model=model, data=[rows], masks=masks, batch_prompts=64)
+    path = dashboard(sae, model=model, data=rows, path=tmp_path / "f.html", tokens=10**6, masks=masks)
+    report = evaluate(sae, model=model, data=rows, masks=masks, batch_prompts=64)
     header, tokens = header_of(path), report.provenance["tokens"]
     by_id = int((rows.ids == 0).sum())
     by_position = int((rows.ids[:, 0] != 0).sum())
@@ -121,7 +121,7 @@ def test_numbers_of_a_report(sae: SAE, model: LoadedModel, texts: list[str], tmp
     assert ("loss recovered" in header) == (report["ce_loss_score"] is not None)
 
 
-def test_masked_tokens_are_shown_but_top_nothing(sae: SAE, model: LoadedModel, texts: list[str], tmp_path: Path) -> None:
+def test_masked_tokens_are_shown_at_no_peak(sae: SAE, model: LoadedModel, texts: list[str], tmp_path: Path) -> None:
     data = data_of(dashboard(sae, model=model, data=texts, path=tmp_path / "f.html", tokens=5000))
     contexts = [c for latent in data["latents"] for group in latent["groups"] for c in group["contexts"]]
     bos = data["strings"].index("<s>")

@@ -6,6 +6,7 @@ Exit status: 0 when it worked, 2 when the input was wrong (one sentence says wha
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,9 @@ from unweave._errors import UnweaveError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
+    # On a busy machine OpenMP's threads would burn their time spinning while they wait for each other. Read when
+    # torch is imported, which is after this.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import tyro
 
     from unweave.cli.dashboard import DashboardArgs

@@ -27,7 +27,7 @@ class DashboardArgs:
     hook: Annotated[str | None, shown("NAME", "the hook that the SAE was trained at")] = None
     """Where the SAE belongs."""
     tokens: int = 200_000
-    """Held-out tokens to look at."""
+    """Tokens to look at."""
     features: int = 100
     """How many features to show."""
     context: Annotated[int | None, shown("N", "as in training")] = None

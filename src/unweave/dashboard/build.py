@@ -28,8 +28,8 @@ from unweave.dashboard.records import latent_records
 from unweave.dashboard.tokens import token_strings
 from unweave.evaluation import Report
 from unweave.evaluation.provenance import weights_hash
-from unweave.evaluation.sample import default_data_config, default_masks
-from unweave.models import Hook, LoadedModel, load_model, resolve_hooks
+from unweave.evaluation.sample import default_data_config, default_masks, hook_of
+from unweave.models import LoadedModel, load_model
 from unweave.sae import SAE
 
 _TOP_CONTEXTS = 15
@@ -56,7 +56,7 @@ def dashboard(
         sae: A finished SAE, which takes raw activations.
         model: Where its activations come from.
         data: Text or tokens in any form that `TokenRows` takes, of which the training documents are read; `TokenRows`,
-            which are not moved on; or a list of `TokenBatch`.
+            which are not moved on; or one `TokenBatch` or a list of them.
         path: The HTML file to write.
         hook: Where the SAE belongs; by default where its metadata says (`hf_hook_name`, else `hook_name`).
         tokens: Tokens to run, in whole rows; they are spread over 8 times as many, for the sake of more documents.
@@ -79,7 +79,7 @@ def dashboard(
         raise UnweaveError(f"tokens and n_features must be at least 1, got {tokens} and {n_features}.")
     if not isinstance(model, LoadedModel):
         model = load_model(model)
-    place = _hook(sae, model, hook)
+    place = hook_of(sae, model, hook)
     config = replace(data_config or default_data_config(sae), seed=seed)
     rows, origin = read_rows(data, model, config, tokens)
     masking = Masks(masks or default_masks(sae), model.tokenizer, rows.ids.shape[1])
@@ -94,12 +94,13 @@ def dashboard(
     effects = logit_effects(model.module, sae.W_dec[interest.latents.to(sae.device)], vocabulary=vocabulary)
     records, table = latent_records(collected, interest, effects, model.tokenizer)
     subject = f"{without_path(model.name)} · {place}"
+    n_documents = len(rows.documents[rows.real].unique())
     header = {
         "subject": subject,
         "facts": _facts(sae, collected, report),
         "more": [
             ["data", origin],
-            ["rows", f"{len(rows):,} of {rows.ids.shape[1]} tokens, from {len(rows.documents.unique()):,} documents"],
+            ["rows", f"{len(rows):,} of {rows.ids.shape[1]} tokens, from {n_documents:,} documents"],
             *_mask_counts(masking.report, masking.config),
             ["latents that never fired", f"{int((collected.counts == 0).sum()):,} of {sae.d_sae:,}"],
             ["seed", str(seed)],
@@ -111,16 +112,6 @@ def dashboard(
     with atomic_path(path) as temporary:
         temporary.write_bytes(page.encode())
     return Path(path)
-
-
-def _hook(sae: SAE, model: LoadedModel, name: str | None) -> Hook:
-    name = name or sae.metadata.get("hf_hook_name") or sae.metadata.get("hook_name")
-    if name is None:
-        raise UnweaveError("the SAE's metadata name no hook: say where it belongs with hook='...'.")
-    hooks = resolve_hooks(model.module, [name])
-    if len(hooks) > 1:
-        raise UnweaveError(f"an SAE belongs to one hook, but {name!r} matches {len(hooks)}, such as {str(hooks[0])!r}.")
-    return hooks[0]
 
 
 def _facts(sae: SAE, collected: Collected, report: Report | None) -> list[list[str]]:

@@ -35,11 +35,12 @@ def read_rows(data: Any, model: LoadedModel, config: DataConfig, tokens: int) ->
 
     Args:
         data: What `TokenRows` takes, of which the training documents are read; `TokenRows`, which are not moved
-            on; or a list of `TokenBatch`.
+            on; or one `TokenBatch` or a list of them.
         model: Its tokenizer reads text.
         config: How documents become rows.
         tokens: Tokens wanted, padding included.
     """
+    data = [data] if isinstance(data, TokenBatch) else data
     if isinstance(data, Sequence) and data and isinstance(data[0], TokenBatch):
         fields = ([getattr(batch, name) for batch in data] for name in ("ids", "real", "documents"))
         return _spread(TokenBatch(*map(torch.cat, fields)), tokens), "token batches"

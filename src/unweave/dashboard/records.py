@@ -83,7 +83,7 @@ def _groups(collected: Collected, latent: int, table: StringTable) -> list[dict[
 
 
 def _usual_peaks(groups: list[dict[str, Any]]) -> list[int]:
-    """The tokens that make up most of what the latent fires on: squared activations, so that weak firings hardly count."""
+    """The tokens with the largest sums of squared activations: weak firings hardly count."""
     power: Counter[int] = Counter()
     for context in (context for group in groups for context in group["contexts"]):
         active = dict(zip(context["active"][::2], context["active"][1::2], strict=True))

@@ -33,9 +33,9 @@ from unweave.evaluation.metrics import (
 )
 from unweave.evaluation.provenance import provenance
 from unweave.evaluation.report import Report
-from unweave.evaluation.sample import Source, default_data_config, default_masks, first_rows, open_rows, passes
+from unweave.evaluation.sample import Source, default_data_config, default_masks, first_rows, hook_of, open_rows, passes
 from unweave.evaluation.weights import weight_cosines
-from unweave.models import Hook, LoadedModel, load_model, resolve_hooks
+from unweave.models import LoadedModel, load_model
 from unweave.sae import SAE
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def evaluate(
         model.module.to(device)
     if sae.device != model.device:
         sae = copy.deepcopy(sae).to(model.device)
-    place = _hook(sae, model, hook)
+    place = hook_of(sae, model, hook)
     config = replace(data_config or default_data_config(sae), seed=seed)
     with torch.no_grad(), _evaluating(sae, model.module), open_rows(data, model, config) as (rows, source):
         batches = passes(rows, batch_prompts, tokens)
@@ -106,16 +106,6 @@ def evaluate(
                 progress(measured.masks.report.seen, tokens)
         measured.notes += _too_little(measured, source, tokens)
         return _report(measured, source, tokens=tokens, batch_prompts=batch_prompts)
-
-
-def _hook(sae: SAE, model: LoadedModel, name: str | None) -> Hook:
-    name = name or sae.metadata.get("hf_hook_name") or sae.metadata.get("hook_name")
-    if name is None:
-        raise UnweaveError("the SAE's metadata name no hook: say where it belongs with hook='...'.")
-    hooks = resolve_hooks(model.module, [name])
-    if len(hooks) > 1:
-        raise UnweaveError(f"an SAE belongs to one hook, but {name!r} matches {len(hooks)}, such as {str(hooks[0])!r}.")
-    return hooks[0]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from unweave._errors import UnweaveError
 from unweave.activations import DataConfig, MaskConfig, TokenBatch, TokenRows
-from unweave.models import LoadedModel
+from unweave.models import Hook, LoadedModel, resolve_hooks
 
 if TYPE_CHECKING:
     from unweave.sae import SAE
@@ -145,3 +145,14 @@ class TokenHash:
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
+
+
+def hook_of(sae: SAE, model: LoadedModel, name: str | None) -> Hook:
+    """The one hook that a name stands for; without a name, where the SAE's metadata say that it belongs."""
+    name = name or sae.metadata.get("hf_hook_name") or sae.metadata.get("hook_name")
+    if name is None:
+        raise UnweaveError("the SAE's metadata name no hook: say where it belongs with hook='...'.")
+    hooks = resolve_hooks(model.module, [name])
+    if len(hooks) > 1:
+        raise UnweaveError(f"an SAE belongs to one hook, but {name!r} matches {len(hooks)}, such as {str(hooks[0])!r}.")
+    return hooks[0]
