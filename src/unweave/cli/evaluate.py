@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,7 +60,7 @@ class EvalArgs:
 def source_of(sae: SAE, args: Any) -> dict[str, Any]:
     """Model, data and how to read them: from the command line, else as the SAE was trained."""
     from unweave._errors import UnweaveError
-    from unweave.activations import DataConfig
+    from unweave.evaluation.sample import default_data_config
 
     metadata = sae.metadata
     found = {}
@@ -68,9 +68,6 @@ def source_of(sae: SAE, args: Any) -> dict[str, Any]:
         found[name] = getattr(args, name) or metadata.get(key)
         if found[name] is None:
             raise UnweaveError(f"the SAE does not say which {name} it was trained on; pass --{name}.")
-    text = {
-        "context": getattr(args, "context", None) or metadata.get("context_size"),
-        "held_out": getattr(args, "held_out", None),
-        "bos": metadata.get("prepend_bos"),
-    }
-    return found | {"data_config": DataConfig(**{k: v for k, v in text.items() if v is not None})}
+    given = {name: getattr(args, name, None) for name in ("context", "held_out")}
+    text = replace(default_data_config(sae), **{name: value for name, value in given.items() if value is not None})
+    return found | {"data_config": text}

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from unweave._errors import UnweaveError
 from unweave.activations import DataConfig, MaskConfig, TokenBatch, TokenRows
@@ -18,22 +18,32 @@ from unweave.models import Hook, LoadedModel, resolve_hooks
 if TYPE_CHECKING:
     from unweave.sae import SAE
 
+Config = TypeVar("Config", DataConfig, MaskConfig)
+
 
 def default_data_config(sae: SAE) -> DataConfig:
-    """Rows like those that the SAE was trained on, as far as its metadata says."""
-    config, metadata = DataConfig(), sae.metadata
+    """Rows like those that the SAE was trained on, as far as its metadata says; above all, the same held-out text."""
+    metadata = sae.metadata
+    config = _known(DataConfig, metadata.get("text", {}))
     return replace(
         config, context=metadata.get("context_size") or config.context, bos=metadata.get("prepend_bos", config.bos)
     )
 
 
 def default_masks(sae: SAE) -> MaskConfig:
-    """The positions that the SAE was trained on, as far as its metadata says, and otherwise the usual mask."""
+    """The masks that the SAE was trained with: ours, or SAELens' positions, or the usual ones."""
+    if "masks" in sae.metadata:
+        return _known(MaskConfig, sae.metadata["masks"])
     bounds = list(sae.metadata.get("seqpos_slice") or [None])
     if all(bound is None for bound in bounds):
         return MaskConfig()
     bounds = bounds if len(bounds) > 1 else [None, *bounds]  # one number is the end, as in slice(n)
     return MaskConfig(positions=":".join("" if bound is None else str(bound) for bound in bounds))
+
+
+def _known(config: type[Config], values: dict[str, Any]) -> Config:
+    """A config from saved values; a setting that this version does not have is passed over."""
+    return config(**{field.name: values[field.name] for field in fields(config) if field.name in values})
 
 
 @dataclass(frozen=True)

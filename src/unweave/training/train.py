@@ -189,6 +189,8 @@ def _metadata(session: Session, hook: Any) -> dict[str, Any]:
         "dataset_path": str(config.data),
         "seqpos_slice": [None],
         "exclude_special_tokens": config.masks.special_tokens,
+        "text": to_dict(config.text),
+        "masks": to_dict(config.masks),
         "training_tokens": config.tokens,
         "training_epochs": session.rows.epoch + 1,
         "seed": config.seed,
