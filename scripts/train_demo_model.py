@@ -131,7 +131,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
 
-    texts = list(standard_library_text(tests=True))
+    texts = list(standard_library_text(everything=True))
     train_texts = [t for t in texts if not is_held_out(t)]
     held_out_texts = [t for t in texts if is_held_out(t)]
     tokenizer = train_tokenizer(train_texts, args.vocab)

@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _NEVER = {"site-packages", "dist-packages", "__pycache__", "pydoc_data", "lib2to3", "config"}
-_TESTS = {"test", "tests", "idle_test"}
+_TESTS_AND_TABLES = {"test", "tests", "idle_test", "encodings"}
 
 
-def standard_library_text(*, tests: bool = False, min_chars: int = 200) -> Iterator[str]:
+def standard_library_text(*, everything: bool = False, min_chars: int = 200) -> Iterator[str]:
     """Yield the language reference's topics, then the standard library's `.py` files, in a fixed order.
 
     Args:
-        tests: Also yield the standard library's own tests (about 17 MB more), which some Python builds leave out.
+        everything: Also yield the tests (about 17 MB, which some Python builds leave out) and the character tables of
+            `encodings`.
         min_chars: Skip documents shorter than this many characters.
 
     Yields:
@@ -29,7 +30,7 @@ def standard_library_text(*, tests: bool = False, min_chars: int = 200) -> Itera
     yield from (text for _, text in sorted(topics.items()) if len(text) >= min_chars)
 
     root = Path(sysconfig.get_path("stdlib"))
-    skipped = _NEVER if tests else _NEVER | _TESTS
+    skipped = _NEVER if everything else _NEVER | _TESTS_AND_TABLES
     for path in sorted(root.rglob("*.py")):
         if skipped.isdisjoint(path.relative_to(root).parts[:-1]):
             try:

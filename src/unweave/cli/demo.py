@@ -60,5 +60,5 @@ def demo_config(out: str | None, tokens: int, seed: int) -> TrainConfig:
 
     sae = SAEConfig(d_sae=4096, activation=BatchTopK(k=30), lr=4e-3)
     return TrainConfig(
-        model="demo", data="stdlib", hooks=("resid_post.1",), saes=(sae,), tokens=tokens, out=out, seed=seed
+        model="demo", data="stdlib", hooks=("resid_post.2",), saes=(sae,), tokens=tokens, out=out, seed=seed
     )
