@@ -158,11 +158,11 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     sae, x = make(ReLU()), torch.randn(3, 7)
     folder = sae.save(tmp_path)
 
-    def no_space(tensors, path):
+    def no_space(path, tensors):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("unweave.sae.files.save_file", no_space)
+    monkeypatch.setattr("unweave.sae.files.write_tensors", no_space)
     with pytest.raises(OSError, match="No space"):
         make(TopK(3)).save(folder)
     monkeypatch.undo()

@@ -42,6 +42,12 @@ def test_defaults_by_activation():
         ({"tokens": True}, "tokens must be int"),
         ({"saes": [{"b_dec_init": "median"}]}, "'mean', 'zeros'"),
         ({"text": {"contxt": 64}}, "did you mean 'context'"),
+        ({"saes": {"d_sae": 3}}, r"\[\[saes\]\]"),
+        ({"saes": 3}, "saes must be a list"),
+        ({"saes": [{"activation": "topk"}]}, r"activation must be a table"),
+        ({"text": "x"}, "text must be a table"),
+        ({"saes": [{"betas": [0.9]}]}, "betas"),
+        ({"saes": [{"betas": [1.0, 0.9]}]}, "betas"),
     ],
 )
 def test_misspelt_settings(values, message):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -190,16 +191,16 @@ def test_a_full_disk_keeps_the_last_checkpoint(config, tiny_model, monkeypatch):
     from unweave.training import checkpoint
 
     config = dataclasses.replace(config, checkpoint_every=1280)
-    saves, save = [0], checkpoint.save_file
+    saves, save = [0], checkpoint.write_tensors
 
-    def full(tensors, path):
+    def full(path, tensors):
         saves[0] += 1
         if saves[0] == 2:
             path.write_bytes(b"half")
             raise OSError(28, "No space left on device")
-        save(tensors, path)
+        save(path, tensors)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
     with pytest.raises(OSError, match="No space"):
         train(config, model=tiny_model, progress=False)
     monkeypatch.undo()
@@ -226,3 +227,37 @@ def test_plan_matches_what_is_allocated(config, tiny_model):
     assert plan.steps == 40
     assert torch.equal(before["ids"], session.rows.state_dict()["ids"]) or before["ids"].numel() == 0
     assert "5,000 tokens in 40 steps" in str(plan)
+
+
+def test_interrupted_while_saving(config, tiny_model, monkeypatch):
+    """Whatever happens after the last step, the training is not lost, and a half-saved run is not called finished."""
+    module = sys.modules[train.__module__]
+    calls, save = [0], module.save_finished
+
+    def once(*args):
+        calls[0] += 1
+        if calls[0] == 3:
+            raise KeyboardInterrupt
+        return save(*args)
+
+    whole = train(dataclasses.replace(config, out=config.out + "-whole"), model=tiny_model, progress=False)
+    monkeypatch.setattr(module, "save_finished", once)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, model=tiny_model, progress=False)
+    monkeypatch.undo()
+    assert_equal(whole, train(config, model=tiny_model, resume=True, progress=False))
+
+
+def test_text_without_held_out_documents_is_refused_before_training(config, tiny_model, texts):
+    config = dataclasses.replace(config, data="in memory")
+    with pytest.raises(UnweaveError, match="held_out=0"):
+        train(config, model=tiny_model, data=[" ".join(texts)], progress=False)
+    assert not os.path.exists(config.out)
+    everything = dataclasses.replace(config, tokens=500, text=DataConfig(context=16, held_out=0), saes=SAES[:1])
+    result = train(everything, model=tiny_model, data=[" ".join(texts)], progress=False)
+    assert result.saes[0].metadata["dataset_path"] is None
+
+
+def test_texts_in_memory(config, tiny_model, texts):
+    config = dataclasses.replace(config, data="in memory", tokens=500, saes=SAES[3:])
+    assert train(config, model=tiny_model, data=texts, progress=False).folders

@@ -7,6 +7,7 @@ from unweave._errors import UnweaveError
 from unweave.objectives import AuxK
 from unweave.sae import BatchTopK, JumpReLU, ReLU, TopK
 from unweave.training import SAEConfig, train_on
+from unweave.training.schedules import learning_rate_factor
 from unweave.training.trainee import Trainee
 
 ACTIVATIONS = [TopK(3), BatchTopK(3), ReLU(), JumpReLU()]
@@ -202,3 +203,38 @@ def test_fused_adam_walks_the_encoder_in_its_own_layout():
     for x in world(5):
         fused.step(x), plain.step(x)
     torch.testing.assert_close(fused.sae.W_enc, plain.sae.W_enc, atol=1e-6, rtol=1e-4)
+
+
+def test_unequal_batches_never_reverse_the_learning_rate():
+    batches = [torch.randn(640, 4), *(torch.randn(16, 4) for _ in range(40))]
+    for tokens in (None, 1280):
+        (sae,) = train_on(batches, [SAEConfig(d_sae=8, activation=TopK(2))], tokens=tokens, progress=False)
+        assert all(t.isfinite().all() for t in sae.state_dict().values())
+    assert min(learning_rate_factor(s, 2, 0.05, 0.2) for s in range(41)) == 0
+
+
+def test_batches_with_a_graph():
+    """Training an SAE does not train whatever made its batches."""
+    weight = torch.randn(4, 4, requires_grad=True)
+    batches = [torch.randn(32, 4) @ weight for _ in range(3)]
+    train_on(batches, [SAEConfig(d_sae=8, activation=TopK(2))] * 2, progress=False)
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize("scale", [1e-24, 1e20])
+def test_extreme_scales(scale):
+    (sae,) = train_on(list(world(30, scale=scale)), [SAEConfig(d_sae=24, activation=TopK(3), lr=5e-3)], progress=False)
+    x = next(world(1, scale=1.0))
+    assert explained_variance(lambda x: sae(x * scale) / scale, x) > 0
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_constant_activations(activation):
+    """Nothing to explain is no reason to crash."""
+    batches = [torch.ones(64, 4) for _ in range(30)]
+    assert train_on(batches, [SAEConfig(d_sae=8, activation=activation)], progress=True)
+
+
+def test_uneven_norms_of_a_ranked_sae_are_refused_before_training():
+    with pytest.raises(UnweaveError, match="unit_norm"):
+        SAEConfig(activation=TopK(), unit_norm=False)

@@ -24,6 +24,8 @@ class DemoArgs:
     """Tokens to train on."""
     seed: int = 0
     """Every random choice follows from it."""
+    resume: bool = False
+    """Go on with a demo that was interrupted."""
     overwrite: bool = False
     """Replace what the folder holds."""
 
@@ -37,7 +39,7 @@ class DemoArgs:
         print(
             "A BatchTopK SAE on the residual stream of a 4-layer GPT-2, reading Python's own documentation and sources."
         )
-        result = train(config, overwrite=self.overwrite)
+        result = train(config, resume=self.resume, overwrite=self.overwrite)
         (report,) = evaluate_saved(result, config, tokens=100_000)
         page = dashboard(
             result.saes[0], model=result.model, data=config.data, path=self.out / "features.html", tokens=200_000,

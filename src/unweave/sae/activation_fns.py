@@ -88,7 +88,7 @@ class BatchTopK:
     def __post_init__(self) -> None:
         _require_k(self.k, "BatchTopK")
 
-    def selector(self, threshold: Threshold, n_rows: int) -> Selector:
+    def selector(self, threshold: Threshold, n_rows: int) -> kernels.BatchTopKCandidates:
         # The last batches' threshold is the best guess of this one's; NaN before the first.
         last = 0.0 if threshold is None or threshold.isnan() else float(threshold)
         return kernels.BatchTopKCandidates(self.k * n_rows, hint=last / 2)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class ByLatent(NamedTuple):
@@ -72,7 +73,11 @@ class SparseCodes:
 
     def at(self, per_latent: Float[Tensor, " d_sae"]) -> Float[Tensor, " nnz"]:
         """The value of a per-latent vector at every entry."""
-        return per_latent[self.indices]
+        return _At.apply(per_latent, self)
+
+    def sum_by_latent(self, per_entry: Float[Tensor, " nnz"]) -> Float[Tensor, " d_sae"]:
+        """The sum of a value per entry over each latent's entries, always in the same order."""
+        return torch.segment_reduce(per_entry[self.by_latent.order], "sum", offsets=self.by_latent.offsets)
 
     def to_dense(self) -> Float[Tensor, "n_rows d_sae"]:
         """A dense `(n_rows, d_sae)` tensor, made only here."""
@@ -155,6 +160,20 @@ class SparseCodes:
             torch.cat([*offsets, ends[-1:]]),
             parts[0].d_sae,
         )
+
+
+class _At(torch.autograd.Function):
+    """Indexing whose gradient is summed latent by latent, in one order whatever the number of threads."""
+
+    @staticmethod
+    def forward(ctx: Any, per_latent: Tensor, codes: SparseCodes) -> Tensor:
+        ctx.codes = codes
+        return per_latent[codes.indices]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.codes.sum_by_latent(grad), None
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from unweave._errors import UnweaveError, nearest
-from unweave._files import atomic_path, write_json
+from unweave._files import atomic_path, write_json, write_tensors
 from unweave.sae.activation_fns import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from unweave.sae.sae import SAE
 
@@ -61,7 +61,7 @@ def _weights(sae: SAE) -> dict[str, Tensor]:
 def _write(folder: str | Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
     folder = Path(folder)
     with atomic_path(folder / WEIGHTS) as path:
-        save_file(tensors, path)
+        write_tensors(path, tensors)
     write_json(folder / CONFIG, config)
     return folder
 
@@ -171,6 +171,7 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     sae = SAE(
         config["d_in"], config["d_sae"], _activation(config, folder / CONFIG),
         apply_b_dec_to_input=config["apply_b_dec_to_input"], metadata=metadata,
+        generator=torch.Generator(),
     )  # fmt: skip
     if "topk_threshold" in tensors:
         tensors["threshold"] = tensors.pop("topk_threshold").float()

@@ -28,7 +28,7 @@ def fold_decoder_norms(sae: SAE) -> None:
         UnweaveError: If latents are ranked against each other (TopK, BatchTopK) and their norms differ, because the
             fold would change which of them win.
     """
-    norms = sae.W_dec.norm(dim=1)
+    norms = sae.W_dec.double().norm(dim=1).to(sae.dtype)  # squares may leave the range of float32
     norms = torch.where(norms > 0, norms, torch.ones_like(norms))
     ranked = isinstance(sae.activation, TopK) or sae.activation.threshold_shape == "scalar"
     if ranked and not torch.allclose(norms, norms[0], rtol=1e-4):

@@ -39,7 +39,7 @@ class _EncodeAt(torch.autograd.Function):
         else:
             order, rows, offsets = ctx.codes.by_latent
             grad_W = kernels.scatter_outer(rows, grad[order], offsets, centred).T
-            grad_b = torch.zeros_like(W_enc[0]).index_add_(0, ctx.codes.indices, grad)
+            grad_b = ctx.codes.sum_by_latent(grad)
             grad_x = None
             if ctx.needs_input_grad[0]:
                 grad_x = kernels.gather_sum(ctx.codes.indices, grad, ctx.codes.offsets, W_enc.T)

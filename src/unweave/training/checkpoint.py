@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from unweave._errors import UnweaveError
-from unweave._files import atomic_folder
+from unweave._files import atomic_folder, write_tensors
 
 _TENSOR = "$tensor"
 
@@ -48,7 +48,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     document = _flatten(state, "", tensors)
     path = folder / f"step-{step:09d}"
     with atomic_folder(path) as temporary:
-        save_file(tensors, temporary / "state.safetensors")
+        write_tensors(temporary / "state.safetensors", tensors)
         (temporary / "state.json").write_text(json.dumps(document), encoding="utf-8")
     for old in checkpoints(folder):
         if old != path:

@@ -64,6 +64,10 @@ class SAEConfig:
             )
         if isinstance(self.sparsity, TargetL0) and self.sparsity.l0 > self.d_sae:
             raise UnweaveError(f"a target L0 of {self.sparsity.l0} is larger than d_sae={self.d_sae}.")
+        if self.unit_norm is False and isinstance(self.activation, TopK | BatchTopK):
+            raise UnweaveError("TopK and BatchTopK rank latents against each other, so their decoders need unit_norm.")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise UnweaveError(f"betas are two numbers from 0 to below 1, got {self.betas}.")
         for name in ("warmup", "decay", "sparsity_warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UnweaveError(f"{name} is a share of the run between 0 and 1, got {getattr(self, name)}.")
@@ -134,6 +138,8 @@ class TrainConfig:
         hooks: Any = self.hooks
         object.__setattr__(self, "hooks", (hooks,) if isinstance(hooks, str) else tuple(hooks))
         object.__setattr__(self, "saes", tuple(self.saes))
+        if not isinstance(self.data, str):
+            raise UnweaveError("TrainConfig.data is a name or a path; pass other data as train(config, data=...).")
         for name in ("tokens", "batch_size", "prompts_per_pass", "buffer", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -200,6 +206,12 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if kind not in kinds:
             raise UnweaveError(f"{where} has no type {kind!r}; it is one of {', '.join(kinds)}.")
         return from_dict(kinds[kind], rest, where + ".")
+    if classes and not any(value is None for o in options if o is type(None)):
+        raise UnweaveError(f"{where} must be a table of settings, such as {{ type = ... }}, got {value!r}.")
+    if typing.get_origin(hint) is tuple and not isinstance(value, list | tuple):
+        raise UnweaveError(
+            f"{where} must be a list (in TOML, tables in a list are written [[{where}]]), got {value!r}."
+        )
     if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
         return tuple(_convert(typing.get_args(hint)[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if isinstance(value, list) and any(typing.get_origin(o) is tuple for o in options):

@@ -33,7 +33,10 @@ def calibrate_threshold(sae: SAE, batches: Iterable[Float[Tensor, "n d_in"]]) ->
         raise UnweaveError("there are no activations to calibrate the threshold on.")
     budget = sae.activation.k * len(rows)
     centred = rows - sae.b_dec if sae.apply_b_dec_to_input else rows
-    (candidates,) = kernels.encode_select(centred, sae.W_enc, sae.b_enc, [kernels.BatchTopKCandidates(budget)])
+    selector = sae.activation.selector(sae.threshold, len(rows))  # training's estimate saves most of the candidates
+    (candidates,) = kernels.encode_select(centred, sae.W_enc, sae.b_enc, [selector])
+    if selector.missed:
+        (candidates,) = kernels.encode_select(centred, sae.W_enc, sae.b_enc, [kernels.BatchTopKCandidates(budget)])
     chosen = kernels.batch_topk(candidates, budget)
     lowest = chosen.values.amin() if len(chosen.values) else candidates.values.new_zeros(())
     sae.threshold.copy_(torch.nextafter(lowest, lowest.new_tensor(0.0)))  # inference compares strictly
@@ -49,7 +52,8 @@ def finished_sae(trainee: Trainee, calibration: list[Float[Tensor, "n d_in"]], m
         metadata: Where the SAE comes from.
     """
     source = trainee.sae
-    sae = SAE(source.d_in, source.d_sae, source.activation, metadata=metadata).to(source.device)
+    unused = torch.Generator()  # the initial weights are overwritten at once
+    sae = SAE(source.d_in, source.d_sae, source.activation, metadata=metadata, generator=unused).to(source.device)
     sae.load_state_dict(source.state_dict())
     sae.requires_grad_(False)
     fold_input_scale(sae, trainee.scale)
@@ -81,8 +85,9 @@ def _sae_lens_training_keys(config: SAEConfig, d_in: int) -> dict[str, Any]:
             keys |= {
                 "jumprelu_init_threshold": jump.init_threshold,
                 "jumprelu_bandwidth": jump.bandwidth,
-                # Theirs is (L0 - target)^2 * coefficient / target, ours coefficient * d_in * (L0 / target - 1)^2.
-                "l0_coefficient": coefficient * d_in / l0,
+                # Theirs is 2 / target * (L0 - target)^2 of each token, ours d_in * (L0 / target - 1)^2 of their mean.
+                "jumprelu_sparsity_loss_mode": "quadratic",
+                "l0_coefficient": coefficient * d_in / (2 * l0),
                 "target_l0": l0,
                 "l0_warm_up_steps": 0,
             }

@@ -5,11 +5,17 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from types import TracebackType
 from typing import Any
 
 PLAIN_EVERY_SECONDS = 10.0
+
+
+def say(text: str) -> None:
+    """A line on standard error."""
+    sys.stderr.write(text + "\n")
 
 
 class Progress:
@@ -71,10 +77,8 @@ class Progress:
             return ""
         row = max(rows, key=lambda r: r["loss"]) if len(rows) > 1 else rows[0]
         which = f"worst of {len(rows)}: " if len(rows) > 1 else ""
-        return (
-            f"{which}loss {row['loss']:.4g}  L0 {row['l0']:.1f}  EV {row['explained_variance']:.3f}  "
-            f"dead {row['dead']:.1%}  {rate:,.0f} tok/s"
-        )
+        ev = "none" if row["explained_variance"] is None else f"{row['explained_variance']:.3f}"
+        return f"{which}loss {row['loss']:.4g}  L0 {row['l0']:.1f}  EV {ev}  dead {row['dead']:.1%}  {rate:,.0f} tok/s"
 
     def say(self, message: str) -> None:
         """Print a line above the progress."""

@@ -16,7 +16,7 @@ def learning_rate_factor(step: int, steps: int, warmup: float, decay: float) -> 
     """
     rise = (step + 1) / max(round(warmup * steps), 1)
     fall = (steps - step) / max(round(decay * steps), 1)
-    return min(1.0, rise, fall)
+    return max(0.0, min(1.0, rise, fall))
 
 
 def warmup_factor(step: int, steps: int, warmup: float) -> float:

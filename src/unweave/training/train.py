@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,12 @@ from unweave._errors import UnweaveError
 from unweave._files import write_json
 from unweave.activations import ActivationStream, ShuffledBatches, TokenRows
 from unweave.models import LoadedModel, load_model, resolve_hooks, tl_name
-from unweave.sae import SAE
-from unweave.training.checkpoint import checkpoints, load_checkpoint
+from unweave.sae import SAE, BatchTopK
+from unweave.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from unweave.training.config import TrainConfig, from_dict, to_dict
 from unweave.training.finish import finished_sae, save_finished
 from unweave.training.plan import Plan, plan_run
-from unweave.training.progress import Progress
+from unweave.training.progress import say
 from unweave.training.trainee import Trainee
 from unweave.training.trainer import Run, fit
 
@@ -59,6 +60,7 @@ class Session:
     hooks: list[Any]
     rows: TokenRows
     stream: ActivationStream
+    data: Any
 
     @property
     def names(self) -> list[str]:
@@ -69,7 +71,7 @@ class Session:
         return plan_run(self.config, self.stream)
 
 
-def prepare(config: TrainConfig, model: Any = None) -> Session:
+def prepare(config: TrainConfig, model: Any = None, data: Any = None) -> Session:
     """Load the model, open the text, and resolve the hooks; raises UnweaveError where one of them is wrong."""
     loaded = model if isinstance(model, LoadedModel) else load_model(model or config.model, device=config.device)
     if loaded.tokenizer is None:
@@ -77,15 +79,27 @@ def prepare(config: TrainConfig, model: Any = None) -> Session:
             f"the model {loaded.name!r} has no tokenizer; train on its activations with train_on instead."
         )
     hooks = resolve_hooks(loaded.module, config.hooks)
-    rows = TokenRows(config.data, loaded.tokenizer, config.text, held_out=False, repeat=True)
+    data = config.data if data is None else data
+    rows = TokenRows(data, loaded.tokenizer, config.text, held_out=False, repeat=True)
+    if config.text.held_out > 0:
+        _check_held_out(data, loaded, config)
     stream = ActivationStream(loaded, hooks, rows, config.masks, prompts_per_pass=config.prompts_per_pass)
-    return Session(config, loaded, hooks, rows, stream)
+    return Session(config, loaded, hooks, rows, stream, data)
+
+
+def _check_held_out(data: Any, model: LoadedModel, config: TrainConfig) -> None:
+    """Find out before training, not after it, whether there is text to evaluate on."""
+    try:
+        TokenRows(data, model.tokenizer, config.text, held_out=True).peek(1)
+    except UnweaveError as error:
+        raise UnweaveError(f"{str(error).rstrip('.')}; with held_out=0 all of the text is trained on.") from error
 
 
 def train(
     config: TrainConfig,
     *,
     model: Any = None,
+    data: Any = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -95,6 +109,7 @@ def train(
     Args:
         config: The run.
         model: A model that is loaded already, in place of `config.model`.
+        data: Texts or tokens that are in memory, in place of `config.data`; anything that `TokenRows` takes.
         resume: Go on from the checkpoint in `config.out`.
         overwrite: Replace what `config.out` holds.
         progress: Whether to show the plan and the progress on standard error.
@@ -108,10 +123,9 @@ def train(
     """
     out = Path(config.out) if config.out is not None else None
     checkpoint = _check_folder(config, out, resume=resume, overwrite=overwrite)
-    session = prepare(config, model)
+    session = prepare(config, model, data)
     if progress:
-        with Progress(config.tokens) as bar:
-            bar.say(str(session.plan()))
+        say(str(session.plan()))
 
     batches = ShuffledBatches(session.stream, config.batch_size, config.ring_size, config.seed)
     state = load_checkpoint(checkpoint) if checkpoint else None
@@ -129,6 +143,7 @@ def train(
     run = Run(trainees, config.tokens, out)
     if state is not None:
         run.load_state_dict(state["run"])
+    del state, sample  # as large as the ring
     if out is not None:
         _claim_folder(config, out, keep=resume)
     fit(
@@ -139,18 +154,21 @@ def train(
         stream_state=batches.state_dict,
         how_to_resume="Go on with the same command and --resume.",
     )
-    return _finish(session, run, out)
+    return _finish(session, run, out, batches.state_dict)
 
 
-def _finish(session: Session, run: Run, out: Path | None) -> TrainResult:
-    held_out = _held_out_activations(session)
+def _finish(session: Session, run: Run, out: Path | None, stream_state: Callable[[], dict[str, Any]]) -> TrainResult:
+    if out is not None:  # whatever happens from here on, the training is not lost
+        save_checkpoint(out / "checkpoints", run.step, {"run": run.state_dict(), "stream": stream_state()})
+    needed = any(isinstance(sae.activation, BatchTopK) for sae in session.config.saes)
+    held_out = _held_out_activations(session) if needed else dict.fromkeys(session.names, torch.empty(0))
+    only = len(session.hooks) * len(session.config.saes) == 1
     saes, folders = [], []
     for hook, name in zip(session.hooks, session.names, strict=True):
         for i, trainee in enumerate(run.trainees[name]):
             sae = finished_sae(trainee, [held_out[name]], _metadata(session, hook))
             saes.append(sae)
             if out is not None:
-                only = len(session.hooks) * len(session.config.saes) == 1
                 folder = (
                     out / "sae" if only else out / "saes" / name.replace(":", "_") / f"{i:02d}_{sae.activation.name}"
                 )
@@ -164,7 +182,7 @@ def _held_out_activations(session: Session) -> dict[str, Tensor]:
     """Activations of held-out documents (of training ones if the text was given as training text alone)."""
     config = session.config
     held_out = config.text.held_out > 0
-    rows = TokenRows(config.data, session.model.tokenizer, config.text, held_out=held_out)
+    rows = TokenRows(session.data, session.model.tokenizer, config.text, held_out=held_out)
     stream = ActivationStream(
         session.model, session.hooks, rows, config.masks, prompts_per_pass=config.prompts_per_pass
     )
@@ -173,6 +191,8 @@ def _held_out_activations(session: Session) -> dict[str, Tensor]:
         parts.append(part)
         if sum(len(p[session.names[0]]) for p in parts) >= CALIBRATION_TOKENS:
             break
+    if not parts:
+        raise UnweaveError("the masks leave no held-out token to calibrate thresholds on.")
     return {name: torch.cat([p[name] for p in parts])[:CALIBRATION_TOKENS] for name in session.names}
 
 
@@ -186,7 +206,7 @@ def _metadata(session: Session, hook: Any) -> dict[str, Any]:
         "hook_head_index": None,
         "context_size": config.text.context,
         "prepend_bos": config.text.bos,
-        "dataset_path": str(config.data),
+        "dataset_path": config.data if session.data is config.data else None,
         "seqpos_slice": [None],
         "exclude_special_tokens": config.masks.special_tokens,
         "text": to_dict(config.text),
@@ -211,9 +231,9 @@ def _check_folder(config: TrainConfig, out: Path | None, *, resume: bool, overwr
                 f"the folder {str(out)!r} is not empty; pass --resume to go on or --overwrite to start anew."
             )
         return None
-    if any((out / name).exists() for name in ("sae", "saes")):
-        raise UnweaveError(f"the run in {str(out)!r} is finished, so there is nothing to resume.")
     saved = checkpoints(out / "checkpoints")
+    if not saved and any((out / name).exists() for name in ("sae", "saes")):
+        raise UnweaveError(f"the run in {str(out)!r} is finished, so there is nothing to resume.")
     if not saved:
         raise UnweaveError(f"there is no checkpoint to resume from in {str(out)!r}.")
     before = read_run_config(out)

@@ -40,12 +40,13 @@ def train_on(
     Raises:
         UnweaveError: If there are no batches or too few for `tokens`, a shape is wrong, or a value is not finite.
     """
+    steps = None
     if tokens is None:
         if not isinstance(batches, Sequence):
             raise UnweaveError(
                 "pass tokens=..., the number of rows to train on: the schedules need to know it beforehand."
             )
-        tokens = sum(len(b) for b in batches)
+        tokens, steps = sum(len(b) for b in batches), len(batches)
     if not saes:
         raise UnweaveError("there is no SAE to train: pass at least one SAEConfig.")
     stream = iter(batches)
@@ -54,9 +55,9 @@ def train_on(
         raise UnweaveError("there are no activations to train on.")
     if first.ndim != 2 or len(first) == 0 or not first.isfinite().all():
         raise UnweaveError(f"batch 0 must be finite and have the shape (n, d_in), got the shape {tuple(first.shape)}.")
-    steps = -(-tokens // len(first))
+    steps = steps or -(-tokens // len(first))
     group = [Trainee(c, first, steps=steps, tokens=tokens, seed=seed + i) for i, c in enumerate(saes)]
-    run = Run({"": group}, tokens)
+    run = Run({"": group}, tokens, keep_recent=8)
     fit(run, _named(chain([first], stream)), progress=progress)
     return [finished_sae(trainee, run.recent[""], {}) for trainee in group]
 

@@ -53,7 +53,7 @@ class Trainee:
     ) -> None:
         self.config, self.steps, self.step_count = config, steps, 0
         d_in = sample.shape[1]
-        mean_square = sample.float().square().sum(1).mean().item()
+        mean_square = sample.double().square().sum(1).mean().item()  # the square may leave float32's range
         if mean_square == 0:
             raise UnweaveError("all activations of the first batch are 0, so there is nothing to train on.")
         self.scale = (d_in / mean_square) ** 0.5
@@ -102,7 +102,7 @@ class Trainee:
     def step(self, x: Float[Tensor, "n d_in"]) -> StepSums:
         """Take one optimiser step on raw activations."""
         config, sae = self.config, self.sae
-        x = x.to(sae.dtype) * self.scale
+        x = x.detach().to(sae.dtype) * self.scale
         loss, x_hat, codes = self.loss(x, warmup_factor(self.step_count, self.steps, config.sparsity_warmup))
         loss.backward()
         if config.decoder_is_unit:
@@ -155,7 +155,9 @@ class Trainee:
             if name in state["optimizer"]:
                 # Moments take their parameter's memory layout, which the fused update walks linearly.
                 self.optimizer.state[parameter] = {
-                    k: torch.empty_like(parameter).copy_(v) if v.shape == parameter.shape else v.clone()
+                    k: torch.empty_like(parameter).copy_(v)
+                    if v.shape == parameter.shape
+                    else v.to(parameter.device, copy=True)
                     for k, v in state["optimizer"][name].items()
                 }
         self.tokens_since_fired.copy_(state["tokens_since_fired"])

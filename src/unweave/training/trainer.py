@@ -1,13 +1,13 @@
 """The training loop: a plain loop over an iterator of batches, for any number of SAEs at any number of hooks.
 
-Each SAE runs forward, backward and its update by itself, so only one graph is alive at a time. Nothing is transferred
-from the device between two log lines. The loop knows neither the model nor the text; what resuming needs of them comes
-in as `stream_state`.
+Each SAE runs forward, backward and its update by itself, so only one graph is alive at a time. The loop knows
+neither the model nor the text; what resuming needs of them comes in as `stream_state`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
@@ -60,6 +60,8 @@ class Run:
     seen: int = 0
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+    keep_recent: int = 0
+    """How many batches of each hook to keep in `recent`."""
     recent: dict[str, list[Tensor]] = field(default_factory=dict)
     """The last batches of each hook, which calibrate thresholds where nothing is held out."""
     sums: dict[str, list[StepSums]] = field(default_factory=dict)
@@ -106,7 +108,8 @@ def fit(
                 x = batch[hook][: run.tokens - run.seen]
                 n = len(x)
                 _check_batch(x, trainees[0].sae.d_in, hook, run.step)
-                run.recent[hook] = [*run.recent.get(hook, [])[-7:], x]
+                if run.keep_recent:
+                    run.recent[hook] = [*run.recent.get(hook, []), x.detach()][-run.keep_recent :]
                 steps = [trainee.step(x) for trainee in trainees]
                 before = run.sums.get(hook)
                 run.sums[hook] = [_add(a, b) for a, b in zip(before, steps, strict=True)] if before else steps
@@ -160,7 +163,8 @@ def _row(run: Run, hook: str, i: int, sums: StepSums, rate: float) -> dict[str, 
         "tokens_per_second": rate,
     }
     if trainee.sae.threshold is not None:
-        row["threshold"] = trainee.sae.threshold.mean().item()
+        threshold = trainee.sae.threshold.mean().item()
+        row["threshold"] = None if math.isnan(threshold) else threshold  # a BatchTopK that has not fired yet has none
     if isinstance(trainee.config.sparsity_term, TargetL0):
         row["target_l0"] = trainee.config.sparsity_term.l0
     if not all(v is None or isinstance(v, str) or abs(v) < float("inf") for v in row.values()):

@@ -31,6 +31,6 @@ def warnings_for(history: Sequence[Row]) -> list[str]:
             found.append("the threshold is not moving: try a higher threshold_lr or a wider bandwidth")
     if progress > 0.1 and last["l0"] < 0.5:
         found.append(f"L0 is {last['l0']:.2g}, hardly any latent fires: try a lower sparsity coefficient")
-    if progress > 0.2 and last["explained_variance"] < 0:
+    if progress > 0.2 and (last["explained_variance"] or 0) < 0:
         found.append(f"explained variance is {last['explained_variance']:.2f}: try a lower learning rate")
     return found
