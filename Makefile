@@ -13,7 +13,14 @@ PYTHON ?= $(shell for p in python3 python python3.13 python3.12 python3.11; do \
 # PyTorch's own index has a CPU build of 200 MB; on Linux the ordinary index has one with several GB of CUDA.
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test slow oracles docs wheel clean
+# Where there is a compiler the kernels must build; without one unweave installs without them.
+ifneq ($(shell command -v $(CXX) 2>/dev/null),)
+export CXX
+export UNWEAVE_REQUIRE_KERNELS := 1
+endif
+KERNELS := CMakeLists.txt $(wildcard csrc/*)
+
+.PHONY: demo test slow sanitize oracles docs wheel clean
 
 demo: $(VENV)/.run
 	$(BIN)/unweave demo --overwrite
@@ -26,8 +33,12 @@ test: $(VENV)/.dev
 slow: $(VENV)/.dev  # what takes minutes
 	$(BIN)/pytest -m slow
 
-oracles: $(ORACLES)/.run  # other libraries read our files and agree with our numbers
+sanitize: $(VENV)/.dev  # the kernel tests with AddressSanitizer and UBSan
+	PYTHON=$(BIN)/python scripts/sanitize.sh
+
+oracles: $(ORACLES)/.run  # other libraries read our files and agree with our numbers; Triton interprets the CUDA kernels
 	$(ORACLES)/bin/pytest -m oracle tests/oracles
+	$(ORACLES)/bin/pytest tests/kernels/test_triton.py
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -53,7 +64,7 @@ clean:
 	  $*/bin/pip install --quiet --constraint constraints.txt $$extra torch
 	@touch $@
 
-$(VENV)/.run: $(VENV)/.torch pyproject.toml constraints.txt
+$(VENV)/.run: $(VENV)/.torch pyproject.toml constraints.txt $(KERNELS)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
@@ -65,6 +76,6 @@ $(VENV)/.docs: $(VENV)/.run
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
-$(ORACLES)/.run: $(ORACLES)/.torch pyproject.toml constraints.txt tests/oracles/requirements.txt
+$(ORACLES)/.run: $(ORACLES)/.torch pyproject.toml constraints.txt $(KERNELS) tests/oracles/requirements.txt
 	$(ORACLES)/bin/pip install --quiet --constraint constraints.txt -r tests/oracles/requirements.txt --editable .
 	@touch $@

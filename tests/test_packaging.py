@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 import tomllib
-from importlib.metadata import entry_points, version
+from importlib.metadata import distribution, entry_points, version
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ import unweave
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "unweave"
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
 CORE = [Requirement(line) for line in PROJECT["dependencies"]]
 EXTRAS = {name: [Requirement(r) for r in lines] for name, lines in PROJECT["optional-dependencies"].items()}
 PINS = {
@@ -47,7 +49,7 @@ def test_the_pins_lie_within_the_ranges(requirement: Requirement) -> None:
 
 def test_every_import_is_declared_pitfall_363_364() -> None:
     declared = {r.name for r in [*CORE, *EXTRAS["data"]]} | {"unweave"}
-    declared |= {"tokenizers"}  # part of transformers
+    declared |= {"tokenizers", "triton"}  # part of transformers, and of PyTorch for CUDA
     used = set()
     for path in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -56,6 +58,22 @@ def test_every_import_is_declared_pitfall_363_364() -> None:
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 used.add(str(node.module).split(".")[0])
     assert used - sys.stdlib_module_names - declared == set()
+
+
+def test_one_wheel_serves_every_python() -> None:
+    tags = re.findall(r"^Tag: (.*)$", str(distribution("unweave").read_text("WHEEL")), re.MULTILINE)
+    assert tags
+    assert all(tag.startswith("py3-none-") for tag in tags)
+
+
+def test_the_source_archive_has_what_it_takes_to_build_it() -> None:
+    everything, *shipped = PYPROJECT["tool"]["scikit-build"]["sdist"]["exclude"]
+    assert everything == "/*"
+    assert [name for name in shipped if not (ROOT / name.removeprefix("!/")).exists()] == []
+    compiled = re.findall(r"csrc/\w+\.cpp", (ROOT / "CMakeLists.txt").read_text(encoding="utf-8"))
+    assert {"csrc/kernels.cpp", "csrc/targets.cpp"} == set(compiled)
+    needed = {Path(name).parts[0] for name in [*compiled, "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"]}
+    assert {f"!/{name}" for name in needed | {"src", "tests"}} <= set(shipped)
 
 
 def test_one_licence_everywhere_pitfall_371() -> None:

@@ -1,0 +1,507 @@
+// Selection from screened pre-activations.
+//
+// A low-precision product gives every pre-activation up to a known error, its slack. Whatever may belong to the
+// selection is collected as a candidate; the candidates are computed again as fp32 dot products, and the selection is
+// made among these. The result is the one that computing every pre-activation in fp32 would give, bit for bit, because
+// a candidate is dropped only when its upper bound is below what is already certain.
+//
+// With x = x' + dx and w = w' + dw, where x' and w' are what the product took, Cauchy-Schwarz bounds the error:
+//     |x . w - x' . w'| <= |dx| |w| + |x'| |dw| + rounding of the sums
+// An int8 product leaves so many candidates that they are computed with the weights' bf16 rows first, of half the bytes.
+#pragma once
+
+#include <cstdlib>
+
+#include "vectors.h"
+
+namespace {
+
+constexpr float INF = __builtin_inff();
+constexpr int MAX_LANES = 4096;
+
+enum Stage : int32_t { SCREENED, MIDDLE, EXACT };
+
+struct Candidate {
+    float value, slack;
+    int32_t latent;
+    Stage stage;
+};
+
+struct Row {
+    Candidate *at;
+    int64_t count, room;
+    int64_t certain;  // how many of them are above their bounds whatever the rounding
+    float floor;      // a lower bound of the k-th largest
+    bool finite;
+
+    void push(Candidate c) {
+        if (count == room) {
+            room = room ? 2 * room : 64;
+            at = static_cast<Candidate *>(std::realloc(at, room * sizeof(Candidate)));
+        }
+        at[count++] = c;
+    }
+};
+
+struct Collector {
+    int64_t n;
+    Row *rows;
+};
+
+// What is known of a product's operands. Arrays of latents begin at the dictionary's first, arrays of rows at the
+// first of the collector's. The fields' order is that of `_Screen` in kernels/screen.py.
+struct Screen {
+    const float *bias, *norms, *errors;   // of each latent: bias, |w|, |dw|
+    const float *scales;                  // of each latent: the worth of one unit of w' (int8)
+    const void *middle;                   // the weights' rows in bf16, where the product was in int8; else null
+    const float *middle_errors;           // of each latent: |w - its bf16 row|
+    const float *by_norm, *by_error;      // of each row: the factors of |w| and |dw| in the slack
+    const void *middle_x;                 // the rows of x in bf16, for the candidates
+    const float *by_middle, *by_middle_error;  // of each row: the factors of |w| and |dw| for bf16 rows
+    const float *row_scales;              // of each row: the worth of one unit of x' (int8)
+    float rel;                            // rounding of the stored product
+    float max_bias, max_norm, max_error, max_middle_error;
+
+    // The slack's own rounding, and products below the smallest normal number.
+    static float safe(float slack) { return slack * 1.00001f + 1e-35f; }
+
+    float slack(int64_t row, int64_t j, float v) const {
+        return safe(by_norm[row] * norms[j] + by_error[row] * errors[j] + rel * (std::fabs(v) + std::fabs(bias[j])));
+    }
+    float largest_slack(int64_t row, float v) const {
+        return safe(by_norm[row] * max_norm + by_error[row] * max_error + rel * (std::fabs(v) + max_bias));
+    }
+    float largest_middle_slack(int64_t row) const {
+        return safe(by_middle[row] * max_norm + by_middle_error[row] * max_middle_error);
+    }
+    float middle_slack(int64_t row, int64_t j) const {
+        return safe(by_middle[row] * norms[j] + by_middle_error[row] * middle_errors[j]);
+    }
+};
+
+// A row of a tile of products, seen as pre-activations.
+template <class T>
+struct Products {
+    const T *p;
+    const float *bias, *scales;  // of the tile's latents
+    float row_scale;
+
+    Products(const T *tile, int64_t row, int64_t width, int64_t first, const Screen &s)
+        : p(tile + row * width), bias(s.bias + first) {
+        if constexpr (std::is_same_v<T, int32_t>) {
+            scales = s.scales + first;
+            row_scale = s.row_scales[row];
+        }
+    }
+    Vec load(int64_t c) const {
+        if constexpr (std::is_same_v<T, int32_t>)
+            return ::load(p + c) * (all(row_scale) * ::load(scales + c)) + ::load(bias + c);
+        else
+            return ::load(p + c) + ::load(bias + c);
+    }
+    float at(int64_t c) const {
+        if constexpr (std::is_same_v<T, int32_t>)
+            return float(p[c]) * (row_scale * scales[c]) + bias[c];
+        else
+            return value(p[c]) + bias[c];
+    }
+};
+
+// Floats as integers of the same order.
+inline uint32_t key(float f) {
+    uint32_t u;
+    f += 0.0f;  // -0 equals 0
+    std::memcpy(&u, &f, sizeof u);
+    return u >> 31 ? ~u : u | 0x80000000u;
+}
+
+inline float of_key(uint32_t k) {
+    uint32_t u = k >> 31 ? k & 0x7fffffffu : ~k;
+    float f;
+    std::memcpy(&f, &u, sizeof f);
+    return f;
+}
+
+struct Keys {
+    uint32_t *at;
+    int64_t count, room;
+
+    void reserve(int64_t wanted) {
+        count = 0;
+        const int64_t padded = (wanted + 2 * LANES) / LANES * LANES;
+        if (padded > room) {
+            std::free(at);
+            room = padded;
+            at = static_cast<uint32_t *>(std::malloc(room * sizeof(uint32_t)));
+        }
+    }
+
+    // The k-th largest key, one bit after the other, each by a pass of compare and count. With fewer bits than 32 the
+    // result is a lower bound. 0 if there are fewer than k.
+    uint32_t kth_largest(int64_t k, int bits) {
+        const int64_t padded = (count + LANES - 1) / LANES * LANES;
+        for (int64_t i = count; i < padded; i++) at[i] = 0;
+        uint32_t found = 0;
+        for (int bit = 31; bit >= 32 - bits; bit--) {
+            const uint32_t trial = found | 1u << bit;
+            int64_t total = 0;
+            for (int64_t i = 0; i < padded; i += LANES) total += how_many_reach(at + i, trial);
+            if (total >= k) found = trial;
+            if (total == k && bits == 32) {  // what follows is the smallest of these
+                uint32_t smallest = ~0u;
+                for (int64_t i = 0; i < padded; i++)
+                    if (at[i] >= trial && at[i] < smallest) smallest = at[i];
+                return smallest;
+            }
+        }
+        return found;
+    }
+};
+
+inline float size_of(float v, bool magnitude) { return magnitude ? std::fabs(v) : v; }
+
+// A t such that every v below it has v + slack(v) below `floor`, whatever its latent.
+inline float cut_for(float floor, const Screen &s, int64_t row) {
+    const float rest = floor - s.largest_slack(row, 0);
+    const float t = rest >= 0 ? rest / (1 + s.rel) : rest / (1 - s.rel);
+    return t - 1e-5f * std::fabs(t);
+}
+
+// A lower bound of the k-th largest value: the k-th largest among the maxima of strided lanes.
+template <bool MAGNITUDE, class T>
+float bound_by_lanes(const Products<T> &p, int64_t width, int64_t k, Keys &keys) {
+    int64_t lanes = 2 * LANES;
+    while (lanes < 8 * k && lanes < MAX_LANES) lanes *= 2;
+    if (lanes * 4 > width || k > lanes) return -INF;
+    const auto sized = [](Vec v) { return MAGNITUDE ? absolute(v) : v; };
+    alignas(64) float maxima[MAX_LANES];
+    for (int64_t c = 0; c < lanes; c += LANES) store(maxima + c, sized(p.load(c)));
+    for (int64_t start = lanes; start + lanes <= width; start += lanes)
+        for (int64_t c = 0; c < lanes; c += LANES)
+            store(maxima + c, larger(load(maxima + c), sized(p.load(start + c))));
+    keys.reserve(lanes);
+    for (int64_t c = 0; c < lanes; c++) keys.at[c] = key(maxima[c]);
+    keys.count = lanes;
+    const uint32_t found = keys.kth_largest(k, 20);
+    return found ? of_key(found) : -INF;
+}
+
+// The k-th largest of what some candidates are, or (with `at_least`) of what they are at least.
+template <class Chosen>
+uint32_t kth_candidate(const Row &row, int64_t k, bool magnitude, bool at_least, Keys &keys, const Chosen &chosen) {
+    keys.reserve(row.count);
+    for (int64_t c = 0; c < row.count; c++)
+        if (chosen(row.at[c]))
+            keys.at[keys.count++] = key(size_of(row.at[c].value, magnitude) - (at_least ? row.at[c].slack : 0));
+    return keys.kth_largest(k, 32);
+}
+
+// Drop what the row's candidates show to be out of reach: the k-th largest of what they are at least is a floor.
+inline void prune(Row &row, int64_t k, bool magnitude, Keys &keys) {
+    if (row.count < k) return;
+    const float floor = of_key(kth_candidate(row, k, magnitude, true, keys, [](const Candidate &) { return true; }));
+    if (floor > row.floor) row.floor = floor;
+    int64_t kept = 0;
+    for (int64_t c = 0; c < row.count; c++)
+        if (size_of(row.at[c].value, magnitude) + row.at[c].slack >= row.floor) row.at[kept++] = row.at[c];
+    row.count = kept;
+}
+
+// For every row, on any thread: act(row, its number, scratch memory).
+template <class Act>
+void for_rows(Collector &collector, const Act &act) {
+#pragma omp parallel
+    {
+        Keys keys{};
+#pragma omp for schedule(dynamic, 8)
+        for (int64_t i = 0; i < collector.n; i++)
+            if (collector.rows[i].finite) act(collector.rows[i], i, keys);
+        std::free(keys.at);
+    }
+}
+
+// Compute wanted candidates of a row exactly.
+template <class Wanted>
+void compute_exactly(Row &row, int64_t i, const float *x, const float *weight, int64_t d, const Screen &s, Keys &todo,
+                     const Wanted &wanted) {
+    todo.reserve(row.count);
+    for (int64_t c = 0; c < row.count; c++)
+        if (row.at[c].stage != EXACT && wanted(row.at[c])) todo.at[todo.count++] = c;
+    for (int64_t t = 0; t < todo.count; t++) {
+        Candidate &now = row.at[todo.at[t]];
+        const int64_t later = row.at[todo.at[t + AHEAD < todo.count ? t + AHEAD : t]].latent;
+        now.value = dot(x + i * d, weight + now.latent * d, d, weight + later * d) + s.bias[now.latent];
+        now.slack = 0;
+        now.stage = EXACT;
+    }
+}
+
+// Compute all screened candidates again with bf16 rows. These are many, so it goes block by block through the latents: a
+// weight's row is fetched once for all the rows of x that want it.
+inline void compute_middle(Collector &collector, int64_t m, int64_t d, const Screen &s) {
+    const bf16 *x = static_cast<const bf16 *>(s.middle_x), *weight = static_cast<const bf16 *>(s.middle);
+    const int64_t block = 1 + (96 << 10) / int64_t(d * sizeof(bf16)), parts = 16;
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int64_t part = 0; part < parts; part++) {
+        const int64_t last = m * (part + 1) / parts;
+        int64_t start = m * part / parts;
+        // For each row, its next screened candidate and that one's latent.
+        int32_t *at = new int32_t[collector.n], *coming = new int32_t[collector.n];
+        const auto advance = [&](int64_t i, int64_t c) {
+            const Row &row = collector.rows[i];
+            while (c < row.count && row.at[c].stage != SCREENED) c++;
+            at[i] = int32_t(c);
+            coming[i] = c < row.count ? row.at[c].latent : INT32_MAX;
+        };
+        for (int64_t i = 0; i < collector.n; i++) {
+            const Row &row = collector.rows[i];
+            int64_t low = 0, high = row.count;
+            while (low < high) {
+                const int64_t mid = (low + high) / 2;
+                if (row.at[mid].latent < start)
+                    low = mid + 1;
+                else
+                    high = mid;
+            }
+            advance(i, low);
+        }
+        for (; start < last; start += block) {
+            const int64_t end = start + block < last ? start + block : last;
+            for (int64_t i = 0; i < collector.n; i++)
+                while (coming[i] < end) {
+                    Candidate &now = collector.rows[i].at[at[i]];
+                    const int64_t j = now.latent, next = j + block < m ? j + block : j;
+                    now.value = dot(x + i * d, weight + j * d, d, weight + next * d) + s.bias[j];
+                    now.slack = s.middle_slack(i, j);
+                    now.stage = MIDDLE;
+                    advance(i, at[i] + 1);
+                }
+        }
+        delete[] at;
+        delete[] coming;
+    }
+}
+
+// Look at a tile (n, width) of screened products, whose first latent is `first`, for each row's k largest.
+//
+// An int8 product's slack is wide, and almost never used up. With a `guess` above 0, a row's floor is where its screened
+// values put it, less that share of the slack and what the bf16 rows will leave open: far fewer reach it. `finish_topk`
+// finds out whether that was right.
+template <bool MAGNITUDE, class T>
+void scan_topk(Collector &collector, const T *tile, int64_t width, int64_t first, const Screen &s, int64_t k,
+               float guess) {
+    for_rows(collector, [&](Row &row, int64_t i, Keys &keys) {
+        const Products<T> p(tile, i, width, first, s);
+        const float seen = bound_by_lanes<MAGNITUDE>(p, width, k, keys);
+        if (seen > -INF) {
+            const float slack = s.largest_slack(i, seen);
+            const float floor = seen - (guess > 0 ? guess * slack + 1.1f * s.largest_middle_slack(i) : slack);
+            if (floor > row.floor) row.floor = floor;
+        }
+        const float cut = row.floor > -INF ? cut_for(row.floor, s, i) : -INF;
+        const Vec bound = all(cut);
+        Vec odd{};
+        int64_t c = 0;
+        for (; c + LANES <= width; c += LANES) {
+            const Vec v = p.load(c);
+            odd += v - v;  // 0, or NaN where v is not finite
+            for (uint32_t hits = at_least(MAGNITUDE ? absolute(v) : v, bound); hits; hits &= hits - 1) {
+                const int64_t j = c + __builtin_ctz(hits);
+                const float x = p.at(j);
+                row.push({x, s.slack(i, first + j, x), int32_t(first + j), SCREENED});
+            }
+        }
+        float odd_rest = sum(odd);
+        for (; c < width; c++) {
+            const float x = p.at(c);
+            odd_rest += x - x;
+            if (size_of(x, MAGNITUDE) >= cut) row.push({x, s.slack(i, first + c, x), int32_t(first + c), SCREENED});
+        }
+        if (odd_rest != 0) row.finite = false;
+        if (guess == 0 && row.count > 4 * k + 256) prune(row, k, MAGNITUDE, keys);
+    });
+}
+
+// Compute again in fp32 every candidate that may be among the k largest, and write these, in the order of their latents;
+// among equal values the lowest latents win. Returns how many rows' guessed floors turned out to be too high.
+inline int64_t finish_topk(Collector &collector, const float *x, const float *weight, const Screen &s, int64_t m,
+                           int64_t d, int64_t k, bool magnitude, bool guess, int64_t *indices, float *values) {
+    const auto exact = [](const Candidate &c) { return c.stage == EXACT; };
+    const auto any = [](const Candidate &) { return true; };
+    if (s.middle) {
+        if (!guess) for_rows(collector, [&](Row &row, int64_t, Keys &keys) { prune(row, k, magnitude, keys); });
+        compute_middle(collector, m, d, s);
+    }
+    int64_t *wrong = new int64_t[collector.n]();
+    for_rows(collector, [&](Row &row, int64_t i, Keys &keys) {
+        const float guessed = row.floor;
+        row.floor = -INF;
+        prune(row, k, magnitude, keys);
+        if (guess && (row.count < k || row.floor < guessed)) {
+            wrong[i] = 1;
+            return;
+        }
+        // First the k that look largest: they rule out most of the others.
+        const float likely = of_key(kth_candidate(row, k, magnitude, false, keys, any));
+        compute_exactly(row, i, x, weight, d, s, keys,
+                        [&](const Candidate &c) { return size_of(c.value, magnitude) >= likely; });
+        const float certain = of_key(kth_candidate(row, k, magnitude, false, keys, exact));
+        compute_exactly(row, i, x, weight, d, s, keys,
+                        [&](const Candidate &c) { return size_of(c.value, magnitude) + c.slack >= certain; });
+        const uint32_t last = kth_candidate(row, k, magnitude, false, keys, exact);
+        int64_t ties = k;
+        for (int64_t c = 0; c < keys.count; c++) ties -= keys.at[c] > last;
+        int64_t out = i * k;
+        for (int64_t c = 0; c < row.count; c++) {
+            if (!exact(row.at[c])) continue;
+            const uint32_t own = key(size_of(row.at[c].value, magnitude));
+            if (own > last || (own == last && ties-- > 0)) {
+                indices[out] = row.at[c].latent;
+                values[out++] = row.at[c].value;
+            }
+        }
+    });
+    int64_t failed = 0;
+    for (int64_t i = 0; i < collector.n; i++) failed += wrong[i];
+    delete[] wrong;
+    return failed;
+}
+
+// Look at a tile for everything that may lie above the bound of its latent.
+template <class T>
+void scan_above(Collector &collector, const T *tile, int64_t width, int64_t first, const Screen &s,
+                const float *bounds) {
+    const float *bias = s.bias + first, *norms = s.norms + first, *errors = s.errors + first, *bound = bounds + first;
+#pragma omp parallel for schedule(dynamic, 8)
+    for (int64_t i = 0; i < collector.n; i++) {
+        Row &row = collector.rows[i];
+        const Products<T> p(tile, i, width, first, s);
+        const Vec by_norm = all(s.by_norm[i] * 1.00001f), by_error = all(s.by_error[i] * 1.00001f);
+        const Vec rel = all(s.rel * 1.00001f), tiny = all(1e-35f);
+        Vec odd{};
+        int64_t c = 0;
+        for (; c + LANES <= width; c += LANES) {
+            const Vec v = p.load(c);
+            odd += v - v;
+            const Vec slack = by_norm * load(norms + c) + by_error * load(errors + c) +
+                              rel * (absolute(v) + absolute(load(bias + c))) + tiny;
+            row.certain += __builtin_popcount(at_least(v - slack, load(bound + c)));
+            for (uint32_t hits = at_least(v + slack, load(bound + c)); hits; hits &= hits - 1)
+                row.push({0, 0, int32_t(first + c + __builtin_ctz(hits)), SCREENED});
+        }
+        float odd_rest = sum(odd);
+        for (; c < width; c++) {
+            const float v = p.at(c);
+            odd_rest += v - v;
+            row.certain += v - s.slack(i, first + c, v) >= bound[c];
+            if (v + s.slack(i, first + c, v) >= bound[c]) row.push({0, 0, int32_t(first + c), SCREENED});
+        }
+        if (odd_rest != 0) row.finite = false;
+    }
+}
+
+template <class Keep>
+void keep_if(Row &row, const Keep &keep) {
+    int64_t kept = 0;
+    for (int64_t c = 0; c < row.count; c++)
+        if (keep(row.at[c])) row.at[kept++] = row.at[c];
+    row.count = kept;
+}
+
+// Compute the candidates again in fp32 and keep those strictly above their bound; says how many each row keeps.
+inline void finish_above(Collector &collector, const float *x, const float *weight, const Screen &s, int64_t m,
+                         int64_t d, const float *bounds, int64_t *counts) {
+    if (s.middle) {
+        compute_middle(collector, m, d, s);
+        for_rows(collector, [&](Row &row, int64_t, Keys &) {
+            keep_if(row, [&](const Candidate &c) { return c.value + c.slack >= bounds[c.latent]; });
+        });
+    }
+    for (int64_t i = 0; i < collector.n; i++) counts[i] = 0;
+    for_rows(collector, [&](Row &row, int64_t i, Keys &keys) {
+        compute_exactly(row, i, x, weight, d, s, keys, [](const Candidate &) { return true; });
+        keep_if(row, [&](const Candidate &c) { return c.value > bounds[c.latent]; });
+        counts[i] = row.count;
+    });
+}
+
+// Keep the k largest positive values of each row of (n, width) and make the others 0; the lowest of equals stay.
+template <class T>
+void keep_largest(T *tile, int64_t n, int64_t width, int64_t k) {
+#pragma omp parallel
+    {
+        Keys keys{};
+#pragma omp for schedule(dynamic, 8)
+        for (int64_t i = 0; i < n; i++) {
+            T *p = tile + i * width;
+            keys.reserve(width);
+            for (int64_t c = 0; c < width; c++) keys.at[c] = key(value(p[c]));
+            keys.count = width;
+            uint32_t last = keys.kth_largest(k, 32);
+            int64_t ties = k;
+            for (int64_t c = 0; c < width; c++) ties -= keys.at[c] > last;
+            if (last < key(0)) ties = 0, last = key(0);  // fewer than k are positive
+            for (int64_t c = 0; c < width; c++)
+                if (!(keys.at[c] > last || (keys.at[c] == last && ties-- > 0))) p[c] = T{};
+        }
+        std::free(keys.at);
+    }
+}
+
+// Look at a tile for the largest pre-activation of each group of `size` neighbouring latents; tiles hold whole groups.
+template <class T>
+void scan_groups(Collector &collector, const T *tile, int64_t width, int64_t first, const Screen &s, int64_t size) {
+#pragma omp parallel for schedule(dynamic, 8)
+    for (int64_t i = 0; i < collector.n; i++) {
+        const Products<T> p(tile, i, width, first, s);
+        for (int64_t start = 0; start + size <= width; start += size) {
+            float floor = -INF;
+            for (int64_t c = start; c < start + size; c++) {
+                const float v = p.at(c);
+                if (v - v != 0) collector.rows[i].finite = false;
+                if (v > floor) {
+                    const float certain = v - s.slack(i, first + c, v);
+                    if (certain > floor) floor = certain;
+                }
+            }
+            for (int64_t c = start; c < start + size; c++) {
+                const float v = p.at(c), slack = s.slack(i, first + c, v);
+                if (v + slack >= floor) collector.rows[i].push({v, slack, int32_t(first + c), SCREENED});
+            }
+        }
+    }
+}
+
+// The winner of each group, computed in fp32; among equal values the lowest latent.
+inline void finish_groups(Collector &collector, const float *x, const float *weight, const Screen &s, int64_t m,
+                          int64_t d, int64_t groups, int64_t size, int64_t *indices, float *values) {
+    if (s.middle) {
+        compute_middle(collector, m, d, s);
+        for_rows(collector, [&](Row &row, int64_t i, Keys &) {
+            float *floor = values + i * groups;
+            for (int64_t g = 0; g < groups; g++) floor[g] = -INF;
+            for (int64_t c = 0; c < row.count; c++) {
+                const float certain = row.at[c].value - row.at[c].slack;
+                if (certain > floor[row.at[c].latent / size]) floor[row.at[c].latent / size] = certain;
+            }
+            keep_if(row, [&](const Candidate &c) { return c.value + c.slack >= floor[c.latent / size]; });
+        });
+    }
+    for_rows(collector, [&](Row &row, int64_t i, Keys &keys) {
+        compute_exactly(row, i, x, weight, d, s, keys, [](const Candidate &) { return true; });
+        float *best = values + i * groups;
+        for (int64_t g = 0; g < groups; g++) {
+            best[g] = -INF;
+            indices[i * groups + g] = g * size;
+        }
+        for (int64_t c = 0; c < row.count; c++) {
+            const int64_t g = row.at[c].latent / size;
+            if (row.at[c].value > best[g]) {
+                best[g] = row.at[c].value;
+                indices[i * groups + g] = row.at[c].latent;
+            }
+        }
+    });
+}
+
+}  // namespace
