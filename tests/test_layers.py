@@ -32,6 +32,7 @@ BELOW["__init__"] = set(BELOW)
 BELOW["cli"] = set(BELOW)
 BELOW["__main__"] = {"cli"}
 OUTSIDE_OF_KERNELS = {"torch", "jaxtyping"}
+TRITON = "unweave.kernels.triton"
 
 # Dotted name to text; a package's own file is `unweave.sae.__init__`.
 MODULES = {
@@ -68,6 +69,9 @@ def upward_imports(source: str, module: str) -> list[str]:
             target = rest[0] if rest else "the face of the package"
             if target not in {layer} | BELOW[layer]:
                 wrong.append(f"{module} imports {name}")
+        elif package == "triton":  # where there is no GPU it may be missing
+            if not module.startswith(TRITON + "."):
+                wrong.append(f"{module} imports {name}")
         elif layer == "kernels" and package not in OUTSIDE_OF_KERNELS | sys.stdlib_module_names:
             wrong.append(f"{module} imports {name}")
     return wrong
@@ -86,6 +90,10 @@ def test_imports_go_down() -> None:
     [
         ("unweave.kernels.select", "from unweave.sae.codes import SparseCodes"),
         ("unweave.kernels.select", "import numpy as np"),
+        ("unweave.kernels.select", "import triton"),
+        ("unweave.kernels.triton_like", "import triton.language as tl"),
+        ("unweave.kernels.triton.select", "import numpy as np"),
+        ("unweave.training.trainer", "from triton import jit"),
         ("unweave.kernels.select", "from unweave._files import write_json"),
         ("unweave.sae.sae", "from unweave.objectives import AuxK"),
         ("unweave.sae.sae", "from ..training import train"),
@@ -111,6 +119,7 @@ def test_an_upward_import_is_found(module: str, line: str) -> None:
         ("unweave.sae.sae", "from .codes import SparseCodes"),
         ("unweave.sae.sae", "from unweave import __version__"),
         ("unweave.kernels.select", "import math\nimport torch\nfrom unweave._errors import UnweaveError"),
+        ("unweave.kernels.triton.select", "import triton.language as tl\nimport math"),
         ("unweave.cli.train", "from unweave.training import train"),
     ],
 )

@@ -1,27 +1,37 @@
-"""The operations that cost time, on plain tensors, each stated in a few lines of PyTorch.
+"""The operations that cost time, on plain tensors: each in a few lines of PyTorch, in C++, and in Triton.
 
     encode_select   x @ W_enc + b_enc, of which only the selected latents are kept
     gather_sum      codes @ W_dec
     sddmm           the gradient of the codes: one dot product per active latent
     scatter_outer   codes.T @ grad: the weight gradients, latent by latent
+    adam_rows       one pass over the rows of a weight matrix
 
-The encoder product is the only dense one. Nothing here knows what an SAE is.
+The encoder product is the only dense one. Nothing here knows what an SAE is. `dispatch` chooses between the back-ends.
 """
 
-from unweave.kernels.encode_select import Selection, Selector, encode_select
-from unweave.kernels.select import BatchTopKCandidates, above, batch_topk, topk, topk_among
-from unweave.kernels.sparse import gather_sum, scatter_outer, sddmm
+from unweave.kernels.adam import adam_rows
+from unweave.kernels.encode import TooDense, encode_select
+from unweave.kernels.ops import gather_sum, scatter_outer, sddmm, transpose
+from unweave.kernels.reference import Transposed
+from unweave.kernels.screen import Precision, Screen, low
+from unweave.kernels.select import Above, Largest, LargestOfBatch, LargestOfGroups, Selection, Spec
 
 __all__ = [
-    "BatchTopKCandidates",
+    "Above",
+    "Largest",
+    "LargestOfBatch",
+    "LargestOfGroups",
+    "Precision",
+    "Screen",
     "Selection",
-    "Selector",
-    "above",
-    "batch_topk",
+    "Spec",
+    "TooDense",
+    "Transposed",
+    "adam_rows",
     "encode_select",
     "gather_sum",
+    "low",
     "scatter_outer",
     "sddmm",
-    "topk",
-    "topk_among",
+    "transpose",
 ]

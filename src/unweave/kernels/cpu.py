@@ -1,0 +1,291 @@
+"""The C++ kernels, called on plain tensors. Arguments come checked: float32, int64, contiguous, indices in range."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unweave.kernels.library import load, targets
+from unweave.kernels.reference import RowErrors, Transposed
+from unweave.kernels.screen import Images
+from unweave.kernels.select import Selection
+
+_LETTERS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "u": ctypes.c_uint64, "f": ctypes.c_float, "d": ctypes.c_double}
+_SIGNATURES = {  # p: pointer or None, i: int64, u: uint64, f: float, d: double; after the colon, what is returned
+    "gather_sum": "pppipip",
+    "sddmm": "ppippip",
+    "transpose": "ppiippp",
+    "scatter_outer": "pipppppiippppipp",
+    "sum_rows": "ppiiip",
+    "total": "pi:d",
+    "keep_largest": "piiii",
+    "squared_error_rows": "pppiippppipppp",
+    "images": "piip",
+    "collector": "i:p",
+    "discard": "p",
+    "not_finite": "p:i",
+    "certain": "p:i",
+    "scan_topk": "ppiiipiif",
+    "finish_topk": "pppiipiiipp:i",
+    "scan_above": "ppiiipp",
+    "finish_above": "pppiippp",
+    "scan_groups": "ppiiipi",
+    "finish_groups": "pppiipiipp",
+    "dense_codes": "piiipppp",
+    "dense_back": "ppiiippfppp",
+    "kth_largest": "pii:f",
+    "take": "ppp",
+    "adam_rows": "piippppiffffffuip",
+}
+
+
+@functools.cache
+def _functions(target: str | None = None) -> dict[str, Any]:
+    library = load()
+    if library is None:
+        raise RuntimeError("the C++ kernels are not installed.")
+    target = target or targets(library)[0]
+    functions = {}
+    for name, signature in _SIGNATURES.items():
+        arguments, _, result = signature.partition(":")
+        function = getattr(library, f"uw_{name}_{target}")
+        function.argtypes = [_LETTERS[letter] for letter in arguments]
+        function.restype = _LETTERS[result] if result else None
+        functions[name] = function
+    return functions
+
+
+_forced: list[str] = []
+
+
+@contextmanager
+def forced_target(target: str) -> Iterator[None]:
+    """Use the kernels of one instruction set, which must be among `library.targets`, instead of the best one."""
+    _forced.append(target)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def available() -> bool:
+    """Whether the C++ kernels can be used here."""
+    return load() is not None
+
+
+def _call(name: str, *arguments: Any) -> Any:
+    if any(isinstance(a, Tensor) and a.device.type != "cpu" for a in arguments):
+        raise RuntimeError(f"{name}: a tensor is not on the CPU.")  # its pointer would be read as one that is
+    converted = [
+        a.data_ptr() if isinstance(a, Tensor) else ctypes.addressof(a) if isinstance(a, ctypes.Structure) else a
+        for a in arguments
+    ]
+    return _functions(_forced[-1] if _forced else None)[name](*converted)
+
+
+def make_images(weight: Float[Tensor, "m d"], into: Images) -> Images:
+    """Fill the images of a matrix that there is room for."""
+    _call("images", weight, *weight.shape, into.struct())
+    return into
+
+
+def gather_sum(indices: Tensor, values: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
+    """See `unweave.kernels.gather_sum`."""
+    out = weight.new_empty(len(offsets) - 1, weight.shape[1])
+    _call("gather_sum", indices, values, offsets, len(out), weight, weight.shape[1], out)
+    return out
+
+
+def sddmm(indices: Tensor, offsets: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+    """See `unweave.kernels.sddmm`."""
+    out = weight.new_empty(len(indices))
+    _call("sddmm", indices, offsets, len(offsets) - 1, grad, weight, weight.shape[1], out)
+    return out
+
+
+def transpose(indices: Tensor, offsets: Tensor, m: int) -> Transposed:
+    """See `unweave.kernels.transpose`."""
+    order, rows, ends = torch.empty_like(indices), torch.empty_like(indices), offsets.new_empty(m + 1)
+    _call("transpose", indices, offsets, len(offsets) - 1, m, order, rows, ends)
+    return Transposed(order, rows, ends)
+
+
+def scatter_outer(
+    by_latent: Transposed,
+    values: Tensor,
+    x: Tensor,
+    *,
+    latents: Tensor | None = None,
+    rows_per_x: int = 1,
+    start: tuple[Tensor, Tensor] | None = None,
+    weight: Tensor | None = None,
+    along: Tensor | None = None,
+    project: bool = False,
+    out: Tensor | None = None,
+    squares: Tensor | None = None,
+) -> Tensor:
+    """`codes.T @ x`, for some latents and with what else a gradient has, in one pass; see csrc/sparse.h."""
+    count = len(by_latent.offsets) - 1 if latents is None else len(latents)
+    out = x.new_empty(count, x.shape[1]) if out is None else out
+    _call(
+        "scatter_outer", latents, count, *by_latent, values, x, x.shape[1], rows_per_x, *(start or (None, None)),
+        weight, along, project, out, squares,
+    )  # fmt: skip
+    return out
+
+
+def sum_rows(x: Float[Tensor, "n d"], weights: Float[Tensor, " n"] | None = None) -> Float[Tensor, " d"]:
+    """The sum of the rows, each times its weight, in one order whatever the number of threads."""
+    out = x.new_empty(x.shape[1])
+    _call("sum_rows", weights, x, len(x), x.shape[1], x.stride(0), out)
+    return out
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of all values in float64, in one order whatever the number of threads."""
+    return values.new_tensor(_call("total", values, values.numel()), dtype=torch.float64)
+
+
+def keep_largest_(values: Float[Tensor, "n c"], k: int) -> None:
+    """Make everything 0, in place, but the k largest positive values of each row (float32 or bfloat16)."""
+    _call("keep_largest", values, values.dtype == torch.bfloat16, *values.shape, k)
+
+
+def squared_error_rows(
+    indices: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x: Tensor,
+    residual: Tensor | None = None,
+    grad: Tensor | None = None,
+) -> RowErrors:
+    """Decode, residual, loss and the gradients of output and codes, row by row; see `unweave.kernels.reference`."""
+    n, d, p = len(x), x.shape[1], len(scales)
+    errors, code_grad = x.new_empty(n, p), torch.empty_like(values)
+    grad = x.new_empty(n * p, d) if grad is None else grad
+    _call(
+        "squared_error_rows",
+        indices, values, offsets, n, p, scales, weight, bias, x, d, errors, grad, residual, code_grad,
+    )  # fmt: skip
+    return RowErrors(errors, grad, code_grad)
+
+
+def adam_rows(
+    weight: Tensor,
+    grad: Tensor,
+    slot: Tensor | None,
+    first: Tensor,
+    second: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    step: int,
+    grad_scale: float,
+    unit: bool,
+    into: Images | None,
+) -> None:
+    """One Adam update of the rows of a matrix; see `unweave.kernels.adam_rows`."""
+    beta1, beta2 = betas
+    _call(
+        "adam_rows",
+        weight, *weight.shape, grad, slot, first, second, first.dtype == torch.bfloat16,
+        lr / (1 - beta1**step), beta1, beta2, eps, (1 - beta2**step) ** -0.5, grad_scale, step, unit,
+        None if into is None else into.struct(),
+    )  # fmt: skip
+
+
+def dense_codes(
+    pre: Float[Tensor, "n m"], theta: Float[Tensor, " m"], codes: Tensor, active: Tensor, sums: Tensor
+) -> None:
+    """Codes of dense pre-activations (float32 or bfloat16), and their column sums; see csrc/dense.h."""
+    _call("dense_codes", pre, pre.dtype == torch.bfloat16, *pre.shape, theta, codes, active, sums)
+
+
+def dense_back(
+    back: Float[Tensor, "n m"],
+    pre: Float[Tensor, "n m"],
+    theta: Tensor,
+    add: Tensor,
+    half_width: float,
+    bias: Tensor,
+    windows: Tensor,
+    towards: Tensor,
+) -> None:
+    """From the gradient of codes to that of pre-activations, in place, and its column sums; see csrc/dense.h."""
+    low = back.dtype == torch.bfloat16
+    _call("dense_back", back, pre, low, *pre.shape, theta, add, half_width, bias, windows, towards)
+
+
+def kth_largest(values: Float[Tensor, " n"], k: int) -> float:
+    """The k-th largest of at least k values."""
+    return float(_call("kth_largest", values, len(values), k))
+
+
+class Collector:
+    """Candidates of some rows, gathered tile by tile; see csrc/select.h."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self._handle = n, _call("collector", n)
+
+    def __enter__(self) -> Collector:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _call("discard", self._handle)
+
+    def not_finite(self) -> int:
+        """The first row with a pre-activation that is NaN or infinite; -1 if there is none."""
+        return int(_call("not_finite", self._handle))
+
+    def certain(self) -> int:
+        """How many entries are above their bounds whatever the rounding of the product."""
+        return int(_call("certain", self._handle))
+
+    def _scan(self, what: str, tile: Tensor, first: int, screen: ctypes.Structure, *rest: Any) -> None:
+        kind = (torch.float32, torch.bfloat16, torch.int32).index(tile.dtype)
+        _call(f"scan_{what}", self._handle, tile, kind, tile.shape[1], first, screen, *rest)
+
+    def scan_topk(
+        self, tile: Tensor, first: int, screen: ctypes.Structure, k: int, magnitude: bool, guess: float
+    ) -> None:
+        self._scan("topk", tile, first, screen, k, magnitude, guess)
+
+    def scan_above(self, tile: Tensor, first: int, screen: ctypes.Structure, bounds: Tensor) -> None:
+        self._scan("above", tile, first, screen, bounds)
+
+    def scan_groups(self, tile: Tensor, first: int, screen: ctypes.Structure, size: int) -> None:
+        self._scan("groups", tile, first, screen, size)
+
+    def finish_topk(
+        self, x: Tensor, weight: Tensor, screen: ctypes.Structure, k: int, magnitude: bool, guess: bool
+    ) -> Selection | None:
+        """The selection; None if a guessed floor was too high."""
+        indices, values = x.new_empty(self.n * k, dtype=torch.int64), x.new_empty(self.n * k)
+        failed = _call(
+            "finish_topk", self._handle, x, weight, *weight.shape, screen, k, magnitude, guess, indices, values
+        )
+        return None if failed else Selection(indices.new_full((self.n,), k), indices, values)
+
+    def finish_groups(self, x: Tensor, weight: Tensor, screen: ctypes.Structure, groups: int, size: int) -> Selection:
+        indices, values = x.new_empty(self.n * groups, dtype=torch.int64), x.new_empty(self.n * groups)
+        _call("finish_groups", self._handle, x, weight, *weight.shape, screen, groups, size, indices, values)
+        return Selection(indices.new_full((self.n,), groups), indices, values)
+
+    def finish_above(self, x: Tensor, weight: Tensor, screen: ctypes.Structure, bounds: Tensor) -> Selection:
+        counts = x.new_empty(self.n, dtype=torch.int64)
+        _call("finish_above", self._handle, x, weight, *weight.shape, screen, bounds, counts)
+        total = int(counts.sum())
+        indices, values = x.new_empty(total, dtype=torch.int64), x.new_empty(total)
+        _call("take", self._handle, indices, values)
+        return Selection(counts, indices, values)

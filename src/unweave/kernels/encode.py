@@ -1,0 +1,205 @@
+"""The dense product of a step, and what is kept of it.
+
+Pre-activations are made tile by tile in one reused buffer and looked at while they are in cache, so the full
+`(n, d_sae)` tensor never exists. With compiled kernels the product only screens: whatever may belong to the selection,
+given the rounding of the product, is computed again as an fp32 dot product, and the selection is made among these. It
+is the same, bit for bit, whatever the precision of the product and the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unweave._errors import UnweaveError
+from unweave.kernels import cpu, select
+from unweave.kernels.dispatch import backend
+from unweave.kernels.scratch import scratch
+from unweave.kernels.screen import Images, Precision, Screen, Screening
+from unweave.kernels.select import Above, Largest, LargestOfBatch, LargestOfGroups, Selection, Spec
+
+CHUNK_ROWS = 512
+TILE = 16_384
+_PROBE_ROWS = 64
+
+class TooDense(Exception):  # no error: the caller then computes densely
+    """So many entries are above their bounds that sparse execution would not pay."""
+
+
+def encode_select(
+    x: Float[Tensor, "n d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    spec: Spec,
+    *,
+    precision: Precision = "auto",
+    screen: Screen | None = None,
+    max_density: float = 1.0,
+) -> Selection:
+    """Compute `x @ W_enc + b_enc` once and return what is asked for.
+
+    Args:
+        x: Encoder input; a pre-encoder bias is subtracted already.
+        W_enc: Encoder weights; fastest when laid out latent by latent (`W_enc.T` is contiguous).
+        b_enc: Encoder bias.
+        spec: What to keep.
+        precision: Of the product. It changes the time and not the result: with compiled kernels, "bf16" products are
+            made exact again, and the reference always computes in the weights' dtype.
+        screen: What a step of the optimiser has prepared; None: it is made here.
+        max_density: Largest share of entries that may lie above their bounds in the first rows (`Above`).
+
+    Returns:
+        The selection of all `n` rows.
+
+    Raises:
+        UnweaveError: If shapes, dtypes or devices do not fit, or a pre-activation is NaN or infinite.
+        TooDense: If `max_density` is exceeded.
+    """
+    _check(x, W_enc, b_enc, spec, screen)
+    x, W_enc, b_enc = x.detach(), W_enc.detach(), b_enc.detach()
+    if isinstance(spec, LargestOfBatch):
+        return _largest_of_batch(x, W_enc, b_enc, spec, precision, screen)
+    if backend("encode_select", x, W_enc, b_enc) == "cpu" and len(x):
+        return _screened(x.contiguous(), W_enc, b_enc.contiguous(), spec, precision, screen, max_density)
+    return _reference(x, W_enc, b_enc, spec, max_density)
+
+
+def _check(x: Tensor, W_enc: Tensor, b_enc: Tensor, spec: Spec, screen: Screen | None) -> None:
+    if x.ndim != 2 or W_enc.ndim != 2 or x.shape[1] != W_enc.shape[0] or b_enc.shape != W_enc.shape[1:]:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (x, W_enc, b_enc))
+        raise UnweaveError(f"encode_select: x, W_enc and b_enc have shapes that do not fit: {shapes}.")
+    if not x.dtype == W_enc.dtype == b_enc.dtype or not x.is_floating_point():
+        raise UnweaveError(
+            f"encode_select: x is {x.dtype}, W_enc {W_enc.dtype} and b_enc {b_enc.dtype}; they must be alike and real."
+        )
+    d, m = W_enc.shape
+    if screen is not None and not screen.fits(m, d):
+        raise UnweaveError(f"encode_select: the screen is of another encoder, not of this one of shape {(d, m)}.")
+    match spec:
+        case Largest(k) if not 1 <= k <= m:
+            raise UnweaveError(f"encode_select: k={k} is not between 1 and the number of latents, {m}.")
+        case LargestOfGroups(groups) if groups < 1 or m % groups:
+            raise UnweaveError(f"encode_select: {groups} groups do not divide {m} latents.")
+        case LargestOfBatch(budget) if budget < 1:
+            raise UnweaveError(f"encode_select: a budget of {budget} is not positive.")
+        case Above(Tensor() as bounds) if bounds.shape not in ((), (m,)):
+            raise UnweaveError(f"encode_select: bounds have the shape {tuple(bounds.shape)}, not ({m},).")
+        case Above(Tensor() as bounds) if bounds.device != x.device:
+            raise UnweaveError(f"encode_select: x and bounds are on different devices ({x.device}, {bounds.device}).")
+
+
+def _not_finite(row: int) -> UnweaveError:
+    return UnweaveError(f"encode_select: pre-activations of row {row} are NaN or infinite.")
+
+
+def _reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, spec: Spec, max_density: float) -> Selection:
+    buffer = x.new_empty(min(CHUNK_ROWS, len(x)), W_enc.shape[1])
+    parts: list[Selection] = []
+    for rows in x.split(CHUNK_ROWS):
+        pre = torch.addmm(b_enc, rows, W_enc, out=buffer[: len(rows)])
+        if len(rows) and not pre.sum().isfinite() and not pre.isfinite().all():
+            bad = (~pre.isfinite()).any(1).nonzero()[0].item()
+            raise _not_finite(CHUNK_ROWS * len(parts) + int(bad))
+        match spec:
+            case Largest():
+                parts.append(select.largest(pre, spec))
+            case LargestOfGroups():
+                parts.append(select.largest_of_groups(pre, spec))
+            case Above(bounds):
+                parts.append(select.above(pre, bounds))
+        if len(parts) == 1 and len(parts[0].indices) > max_density * pre.numel():
+            raise TooDense
+    return _joined(parts)
+
+
+def _joined(parts: list[Selection]) -> Selection:
+    return Selection(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def _largest_of_batch(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, spec: LargestOfBatch, precision: Precision, screen: Screen | None
+) -> Selection:
+    """Everything above a guessed bound, and the largest of it; a guess that was too high is lowered."""
+    budget = spec.budget
+    bound = spec.hint if spec.hint is not None else _probe(x, W_enc, b_enc, budget)
+    while True:
+        bound = max(bound, 0.0)
+        found = encode_select(x, W_enc, b_enc, Above(bound), precision=precision, screen=screen)
+        if len(found.values) >= budget or bound == 0:
+            break
+        bound = 0.8 * bound if 1e-6 < bound < math.inf else 0.0
+    if len(found.values) <= budget:
+        return found
+    if backend("encode_select", found.values) == "cpu":
+        smallest = found.values.new_tensor(cpu.kth_largest(found.values, budget))
+    else:
+        smallest = found.values.topk(budget, sorted=False).values.amin()
+    return select.largest_of_batch(found, budget, smallest)
+
+
+def _probe(x: Tensor, W_enc: Tensor, b_enc: Tensor, budget: int) -> float:
+    """A guess of the smallest winner, from rows spread over the batch."""
+    rows = x[:: max(1, len(x) // _PROBE_ROWS)]
+    pre = torch.addmm(b_enc, rows, W_enc).flatten()
+    share = min(pre.numel(), max(1, round(1.25 * budget * len(rows) / max(1, len(x)))))
+    return pre.topk(share, sorted=False).values.amin().item() if pre.numel() else 0.0
+
+
+def _screened(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    spec: Spec,
+    precision: Precision,
+    screen: Screen | None,
+    max_density: float,
+) -> Selection:
+    """Selection with the compiled kernels on a CPU."""
+    rows, (n, m) = W_enc.T.contiguous(), (len(x), W_enc.shape[1])
+    if screen is None:
+        screen = Screen.room_for(rows, precision)
+        cpu.make_images(rows, screen.images)
+    kinds = {"half": screen.images.half is not None, "bytes": screen.images.bytes is not None}
+    inputs = cpu.make_images(x, Images.room_for(x, **kinds, fresh=False))
+    if not all(t.isfinite().all() for t in (inputs.norms, screen.images.norms, b_enc)):
+        return _reference(x, W_enc, b_enc, spec, max_density)  # no bound holds; it says which row is not finite
+    screening = Screening(screen, inputs, x, rows, b_enc)
+    group = m // spec.groups if isinstance(spec, LargestOfGroups) else 1
+    # Tiles of equal width, of whole groups.
+    tiles = -(-m // max(TILE, group))
+    width = -(-m // (tiles * group)) * group
+    buffer = scratch("products", (min(CHUNK_ROWS, n) * min(width, m),), screening.product_dtype)
+    if isinstance(spec, Above):
+        bounds = torch.as_tensor(spec.bounds, dtype=torch.float32).expand(m).contiguous()
+
+    def chunk(start: int, guess: float) -> Selection | None:
+        part, known = x[start : start + CHUNK_ROWS], screening.struct(start)
+        with cpu.Collector(len(part)) as collector:
+            for first in range(0, m, width):
+                tile = screening.products(slice(start, start + CHUNK_ROWS), slice(first, first + width), buffer)
+                match spec:
+                    case Largest(k, magnitude):
+                        collector.scan_topk(tile, first, known, k, magnitude, guess)
+                    case LargestOfGroups():
+                        collector.scan_groups(tile, first, known, group)
+                    case Above():
+                        collector.scan_above(tile, first, known, bounds)
+                if start == 0 and collector.certain() > max_density * len(part) * min(first + width, m):
+                    raise TooDense
+            if (row := collector.not_finite()) >= 0:
+                raise _not_finite(start + row)
+            match spec:
+                case Largest(k, magnitude):
+                    return collector.finish_topk(part, rows, known, k, magnitude, guess > 0)
+                case LargestOfGroups(groups):
+                    return collector.finish_groups(part, rows, known, groups, group)
+            return collector.finish_above(part, rows, known, bounds)
+
+    # Errors of d independent roundings reach a 1/sqrt(d) of their bound. A guess of 6 times that which fails costs the
+    # chunk a second product, and the certain way still gives the answer.
+    guess = 6 * x.shape[1] ** -0.5 if screening.kind == "int8" and x.shape[1] > 64 else 0.0
+    parts = [chunk(start, guess) or chunk(start, 0.0) for start in range(0, n, CHUNK_ROWS)]
+    return _joined([part for part in parts if part is not None])

@@ -1,0 +1,35 @@
+"""Memory that is used again at every step.
+
+A fresh tensor's pages are handed out by the operating system one by one as they are first touched, which costs more
+than most of what a step does with them.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+
+class _Pool(threading.local):
+    def __init__(self) -> None:
+        self.buffers: dict[str, Tensor] = {}
+
+
+_pool = _Pool()
+
+
+def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """A CPU tensor with arbitrary values. The next call with the same name, on the same thread, gives the same memory.
+
+    Args:
+        name: Of the use; two tensors that are needed at once have two names.
+        shape: Of the tensor.
+        dtype: Of the tensor.
+    """
+    wanted = torch.Size(shape).numel() * dtype.itemsize
+    buffer = _pool.buffers.get(name)
+    if buffer is None or len(buffer) < wanted:
+        buffer = _pool.buffers[name] = torch.empty(wanted, dtype=torch.uint8, device="cpu")
+    return buffer[:wanted].view(dtype).view(shape)

@@ -1,0 +1,196 @@
+"""What a screening product takes, and how far its results can be from the true ones.
+
+An encoder's rows are kept in the precisions that products are made in, each with the norm of what rounding took away;
+so are the inputs. By Cauchy-Schwarz these norms bound the error of every pre-activation, which is what makes selection
+from a low-precision product exact (csrc/select.h).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int8
+from torch import Tensor
+
+from unweave.kernels.scratch import scratch
+
+Precision = Literal["auto", "fp32", "bf16"]
+Kind = Literal["fp32", "bf16", "int8"]
+
+_COARSEST = 0.02
+"""Relative rounding of inputs above which int8 leaves too many candidates: a few large dimensions take its range."""
+_NARROWEST = 512
+"""Width from which an int8 product saves more than its candidates cost."""
+_WIDEST = 2**31 // 127**2
+"""Width up to which the sums of an int8 product fit into int32."""
+
+
+@functools.cache
+def fast_bf16(device: str) -> bool:
+    """Whether matrix products are faster in bf16 than in fp32 on a kind of device."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@functools.cache
+def _fast_int8() -> bool:
+    return torch.cpu._is_vnni_supported() and hasattr(torch, "_int_mm")
+
+
+def low(precision: Precision, device: str) -> bool:
+    """Whether dense products are made in bf16."""
+    return fast_bf16(device) if precision == "auto" else precision == "bf16"
+
+
+def kind_of(precision: Precision, d: int) -> Kind:
+    """Which product screens inputs of width d on a CPU: with "auto" the fastest."""
+    if precision == "auto":
+        return "int8" if _fast_int8() and _NARROWEST <= d <= _WIDEST else "bf16" if fast_bf16("cpu") else "fp32"
+    return precision
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """The rows of a matrix in lower precisions. Fields that a kind of product does not need are None."""
+
+    norms: Float[Tensor, " m"]
+    half: Tensor | None = None
+    """`(m, d)` in bf16."""
+    half_errors: Float[Tensor, " m"] | None = None
+    """Norm of what rounding to bf16 changed."""
+    bytes: Int8[Tensor, "m d"] | None = None
+    byte_scales: Float[Tensor, " m"] | None = None
+    """The worth of one unit of each int8 row."""
+    byte_errors: Float[Tensor, " m"] | None = None
+    """Norm of what rounding to int8 changed."""
+
+    @classmethod
+    def room_for(cls, weight: Float[Tensor, "m d"], *, half: bool, bytes: bool, fresh: bool = True) -> Images:
+        """Images of a matrix, yet to be made; if not `fresh`, their rows are overwritten by the next ones."""
+
+        def vector(wanted: bool) -> Tensor | None:
+            return weight.new_empty(len(weight)) if wanted else None
+
+        def rows(dtype: torch.dtype) -> Tensor:
+            shape = tuple(weight.shape)
+            return weight.new_empty(shape, dtype=dtype) if fresh else scratch(f"images in {dtype}", shape, dtype)
+
+        return cls(
+            weight.new_empty(len(weight)),
+            rows(torch.bfloat16) if half else None,
+            vector(half),
+            rows(torch.int8) if bytes else None,
+            vector(bytes),
+            vector(bytes),
+        )
+
+    def struct(self) -> ctypes.Structure:
+        """As the kernels read it."""
+        return _ImagesStruct(*(None if t is None else t.data_ptr() for t in vars(self).values()))
+
+
+class _ImagesStruct(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in Images.__dataclass_fields__]
+
+
+class _ScreenStruct(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (
+            "bias", "norms", "errors", "scales", "middle", "middle_errors",
+            "by_norm", "by_error", "middle_x", "by_middle", "by_middle_error", "row_scales",
+        )),
+        *((name, ctypes.c_float) for name in ("rel", "max_bias", "max_norm", "max_error", "max_middle_error")),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Screen:
+    """An encoder as screening products take it; valid until the encoder changes."""
+
+    kind: Kind
+    images: Images
+
+    @classmethod
+    def room_for(cls, weight: Float[Tensor, "m d"], precision: Precision) -> Screen:
+        """A screen whose images are yet to be made."""
+        kind = kind_of(precision, weight.shape[1])
+        return cls(kind, Images.room_for(weight, half=kind != "fp32", bytes=kind == "int8"))
+
+    def fits(self, m: int, d: int) -> bool:
+        """Whether it can be that of an encoder of m latents and width d."""
+        matrices = [t for t in (self.images.half, self.images.bytes) if t is not None]
+        return len(self.images.norms) == m and all(t.shape == (m, d) for t in matrices)
+
+
+class Screening:
+    """The operands of one screening product.
+
+    Args:
+        screen: Of the encoder.
+        inputs: Images of the inputs' rows, in the screen's kinds.
+        x: The inputs.
+        weight: The encoder's rows.
+        bias: The encoder's bias.
+    """
+
+    def __init__(
+        self, screen: Screen, inputs: Images, x: Float[Tensor, "n d"], weight: Float[Tensor, "m d"], bias: Tensor
+    ) -> None:
+        images, sums = screen.images, 4 * x.shape[1] * 2.0**-24  # rounding of two sums of d products, relative
+        self.kind, self.bias, self.norms = screen.kind, bias, images.norms
+        if self.kind == "int8":
+            assert inputs.byte_errors is not None
+            # torch._int_mm leaves its result unwritten at width 1.
+            if x.shape[1] == 1 or (inputs.byte_errors > _COARSEST * inputs.norms).sum() > len(x) / 8:
+                self.kind = "bf16"
+        self.scales = self.row_scales = self.middle = self.middle_errors = None
+        self.middle_x = self.by_middle = self.by_middle_error = None
+        rounded, errors = torch.zeros_like(inputs.norms), torch.zeros_like(images.norms)
+        if self.kind == "fp32":
+            self.x, self.weight, self.rel = x, weight, 2.0**-23
+        elif self.kind == "bf16":
+            assert inputs.half is not None
+            assert images.half is not None
+            self.x, self.weight, self.rel = inputs.half, images.half, 2.0**-8
+            rounded, errors = inputs.half_errors, images.half_errors  # type: ignore[assignment]
+        else:
+            assert inputs.bytes is not None
+            assert images.bytes is not None
+            self.x, self.weight, self.rel = inputs.bytes, images.bytes, 2.0**-21
+            rounded, errors = inputs.byte_errors, images.byte_errors  # type: ignore[assignment]
+            self.scales, self.row_scales = images.byte_scales, inputs.byte_scales
+            assert inputs.half_errors is not None
+            self.middle, self.middle_errors, self.middle_x = images.half, images.half_errors, inputs.half
+            self.by_middle = inputs.half_errors + sums * inputs.norms
+            self.by_middle_error = inputs.norms + inputs.half_errors
+        self.errors = errors
+        self.by_norm, self.by_error = rounded + sums * inputs.norms, inputs.norms + rounded
+        self.largest = [bias.abs().max().item(), images.norms.max().item(), errors.max().item()]
+        self.largest.append(0.0 if self.middle_errors is None else self.middle_errors.max().item())
+
+    def products(self, rows: slice, latents: slice, buffer: Tensor) -> Tensor:
+        """The products of some rows with some latents, in a reused buffer."""
+        x, weight = self.x[rows], self.weight[latents]
+        tile = buffer[: len(x) * len(weight)].view(len(x), len(weight))
+        if self.kind == "int8":
+            return torch._int_mm(x, weight.T, out=tile)
+        return torch.mm(x, weight.T, out=tile)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        return torch.int32 if self.kind == "int8" else self.x.dtype
+
+    def struct(self, first_row: int) -> ctypes.Structure:
+        """As the kernels read it, for rows from `first_row` on."""
+        of_latents = (self.bias, self.norms, self.errors, self.scales, self.middle, self.middle_errors)
+        of_rows = (
+            self.by_norm, self.by_error, self.middle_x, self.by_middle, self.by_middle_error, self.row_scales,
+        )  # fmt: skip
+        pointers = [None if t is None else t.data_ptr() for t in of_latents]
+        pointers += [None if t is None else t[first_row:].data_ptr() for t in of_rows]
+        return _ScreenStruct(*pointers, self.rel, *self.largest)
