@@ -70,7 +70,7 @@ def test_auxk_gradient_reaches_dead_latents_alone():
     sae, x = SAE(6, 20, TopK(2), generator=torch.Generator().manual_seed(0)).double(), torch.randn(30, 6).double()
     dead = torch.zeros(20, dtype=torch.bool)
     dead[[2, 5, 11]] = True
-    _, active, aux = sae.training_codes(x, dead, 2)
+    _, active, aux, _ = sae.training_codes(x, dead, 2)
     residual = x - ops.decode(active, sae.W_dec) - sae.b_dec
     auxk_loss(aux, sae.W_dec, residual, 3, 2).backward()
     for grad in (sae.W_enc.grad.T, sae.W_dec.grad):

@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from unweave._errors import UnweaveError
-from unweave.sae import SAE, BatchTopK, JumpReLU, ReLU, TopK
+from unweave.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from unweave.sae.files import save_training_form
 
-ACTIVATIONS = [ReLU(), TopK(3), BatchTopK(3), JumpReLU(0.2, 0.1)]
+ACTIVATIONS = [ReLU(), TopK(3), BatchTopK(3), JumpReLU(0.2, 0.1), Gated()]
 
 
 def make(activation, dtype=torch.float32):
@@ -25,6 +25,9 @@ def make(activation, dtype=torch.float32):
         sae.threshold.fill_(0.4)
     if isinstance(activation, JumpReLU):
         sae.threshold.data.copy_(torch.linspace(0, 1, 23))
+    if isinstance(activation, Gated):
+        sae.r_mag.data.copy_(torch.linspace(0.5, -0.5, 23))
+        sae.b_mag.data.copy_(torch.linspace(-0.2, 0.4, 23))
     sae = sae.to(dtype)
     if sae.threshold is not None:
         sae.threshold.data = sae.threshold.data.float()
@@ -67,6 +70,47 @@ def test_layout_is_sae_lens(tmp_path):
         "W_enc": (7, 23), "b_enc": (23,), "W_dec": (23, 7), "b_dec": (7,), "threshold": (23,),
     }  # fmt: skip
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+
+
+@pytest.mark.parametrize("write", [SAE.save, lambda sae, folder: save_training_form(sae, folder, {})])
+def test_gated_layout_is_sae_lens(write, tmp_path):
+    """`b_enc` is called `b_gate` there."""
+    sae = make(Gated())
+    assert json.loads((write(sae, tmp_path) / "cfg.json").read_text())["architecture"] == "gated"
+    tensors = load_file(tmp_path / "sae_weights.safetensors")
+    assert {n: tuple(t.shape) for n, t in tensors.items()} == {
+        "W_enc": (7, 23), "W_dec": (23, 7), "b_dec": (7,), "b_gate": (23,), "b_mag": (23,), "r_mag": (23,),
+    }  # fmt: skip
+    assert torch.equal(tensors["b_gate"], sae.b_enc)
+
+
+def test_a_gated_file_without_its_gate_is_refused(tmp_path):
+    folder = make(Gated()).save(tmp_path)
+    tensors = load_file(folder / "sae_weights.safetensors")
+    tensors["b_enc"] = tensors.pop("b_gate")
+    save_file(tensors, folder / "sae_weights.safetensors")
+    with pytest.raises(UnweaveError, match="lacks the tensor 'b_gate'"):
+        SAE.load(folder)
+
+
+def test_matryoshka_batchtopk_forms(tmp_path):
+    """pitfall_191: JumpReLU for everybody, and the training form with its prefixes; both load and keep them."""
+    sae, x = make(BatchTopK(3)), torch.randn(30, 7)
+    sae.metadata["matryoshka_widths"] = [4, 10, 23]
+    inference = json.loads((sae.save(tmp_path / "sae") / "cfg.json").read_text())
+    assert inference["architecture"] == "jumprelu"
+    assert inference["metadata"]["training_architecture"] == "matryoshka_batchtopk"
+    for folder in (tmp_path / "sae", save_training_form(sae, tmp_path / "training", {})):
+        loaded = SAE.load(folder)
+        assert torch.equal(loaded(x), sae(x))
+        assert loaded.metadata["matryoshka_widths"] == [4, 10, 23]
+        assert "unknown_keys" not in loaded.metadata
+    training = json.loads((tmp_path / "training" / "cfg.json").read_text())
+    assert training["architecture"] == "matryoshka_batchtopk"
+    assert (training["k"], training["matryoshka_widths"]) == (3, [4, 10, 23])
+    assert training["use_matryoshka_aux_loss"] is False
+    again = save_training_form(SAE.load(tmp_path / "training"), tmp_path / "again", {})
+    assert json.loads((again / "cfg.json").read_text())["architecture"] == "matryoshka_batchtopk"
 
 
 def test_ranking_by_decoder_norms_is_folded(tmp_path):

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from unweave._errors import UnweaveError
-from unweave.sae import SAE, BatchTopK, JumpReLU, ReLU, TopK, fold_decoder_norms, fold_input_scale
+from unweave.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK, fold_decoder_norms, fold_input_scale
 
-ACTIVATIONS = [ReLU(), TopK(3), BatchTopK(3), JumpReLU(0.2, 0.1)]
+ACTIVATIONS = [ReLU(), TopK(3), BatchTopK(3), JumpReLU(0.2, 0.1), Gated()]
 
 
 def make(activation, same_norms=False):
@@ -15,6 +15,9 @@ def make(activation, same_norms=False):
     sae.W_dec.mul_(3.0 if same_norms else torch.rand(23, 1, generator=generator) + 0.5)
     if isinstance(activation, BatchTopK):
         sae.threshold.fill_(0.4)
+    if isinstance(activation, Gated):
+        sae.r_mag.copy_(torch.randn(23, generator=generator) * 0.3)
+        sae.b_mag.copy_(torch.randn(23, generator=generator) * 0.3)
     return sae
 
 

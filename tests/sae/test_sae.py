@@ -6,9 +6,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import unweave.sae.sae as sae_module
 from unweave._errors import UnweaveError
-from unweave.sae import SAE, BatchTopK, DenseCodes, JumpReLU, ReLU, SparseCodes, TopK, ops
+from unweave.sae import SAE, BatchTopK, DenseCodes, Gated, JumpReLU, ReLU, SparseCodes, TopK, ops
 
-ACTIVATIONS = [ReLU(), TopK(3), BatchTopK(3), JumpReLU(init_threshold=0.2, bandwidth=0.3)]
+ACTIVATIONS = [ReLU(), TopK(3), BatchTopK(3), JumpReLU(init_threshold=0.2, bandwidth=0.3), Gated()]
 
 
 def make(activation, d_in=7, d_sae=23, dtype=torch.float64, **kwargs):
@@ -16,6 +16,9 @@ def make(activation, d_in=7, d_sae=23, dtype=torch.float64, **kwargs):
     generator = torch.Generator().manual_seed(1)
     for p in (sae.b_enc, sae.b_dec):
         p.data.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+    if isinstance(activation, Gated):
+        for p in (sae.r_mag, sae.b_mag):
+            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.2)
     if isinstance(activation, BatchTopK):
         sae.threshold.fill_(0.4)
     return sae
@@ -38,6 +41,8 @@ def dense_codes(sae, x, training):
             )
         case ReLU():
             mask = torch.ones_like(pre)
+        case Gated():
+            return (pre > 0) * ((pre - sae.b_enc) * sae.r_mag.exp() + sae.b_mag).relu()
         case _:
             mask = pre > sae.threshold
     return pre.relu() * mask

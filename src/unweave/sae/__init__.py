@@ -1,6 +1,6 @@
 """What a dictionary is: sparse codes, activation functions, the SAE, its folds and its files."""
 
-from unweave.sae.activation_fns import ACTIVATIONS, Activation, BatchTopK, JumpReLU, ReLU, TopK
+from unweave.sae.activation_fns import ACTIVATIONS, Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from unweave.sae.codes import Codes, DenseCodes, SparseCodes
 from unweave.sae.folds import fold_decoder_norms, fold_input_scale
 from unweave.sae.sae import SAE, TrainingCodes
@@ -12,6 +12,7 @@ __all__ = [
     "BatchTopK",
     "Codes",
     "DenseCodes",
+    "Gated",
     "JumpReLU",
     "ReLU",
     "SparseCodes",

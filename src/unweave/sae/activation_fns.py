@@ -1,28 +1,27 @@
 """Activation functions: which pre-activations become codes, in training and in inference.
 
-Each is a small frozen dataclass that says three things: which entries a training step looks at (`selector`, `finish`),
-what their values are with gradients (`apply`), and which entries inference keeps (`infer`), which is always a function
-of one token alone. Thresholds live on the SAE, in float32, and are compared strictly: a latent is active for
-`pre > threshold`.
+Each is a small frozen dataclass that says three things: which entries a training step looks at (`selection`), what
+their values are with gradients (`apply`; of Gated, `magnitudes`), and which entries inference keeps (`inference`),
+which is always a function of one token alone. Thresholds live on the SAE, in float32, and are compared strictly: a
+latent is active for `pre > threshold`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unweave import kernels
 from unweave._errors import UnweaveError
-from unweave.kernels import Selection, Selector
+from unweave.kernels import Above, Largest, LargestOfBatch, Spec
 from unweave.sae.codes import Codes
 
-Pre = Float[Tensor, "n d_sae"]
 Threshold = Float[Tensor, "..."] | None
+AnyCodes = TypeVar("AnyCodes", bound=Codes)
 
 
 def _require_k(k: int, name: str) -> None:
@@ -37,17 +36,14 @@ class ReLU:
     name: ClassVar[str] = "relu"
     threshold_shape: ClassVar[str | None] = None
 
-    def selector(self, threshold: Threshold, n_rows: int) -> Selector:
-        return lambda pre: kernels.above(pre, 0.0)
-
-    def finish(self, selection: Selection, n_rows: int) -> Selection:
-        return selection
+    def selection(self, threshold: Threshold, n_rows: int) -> Spec:
+        return Above(0.0)
 
     def apply(self, pre: Codes, threshold: Threshold) -> Codes:
         return pre.with_values(pre.values.relu())
 
-    def infer(self, pre: Pre, threshold: Threshold) -> Selection:
-        return kernels.above(pre, 0.0)
+    def inference(self, threshold: Threshold) -> Spec:
+        return Above(0.0)
 
 
 @dataclass(frozen=True)
@@ -61,17 +57,20 @@ class TopK:
     def __post_init__(self) -> None:
         _require_k(self.k, "TopK")
 
-    def selector(self, threshold: Threshold, n_rows: int) -> Selector:
-        return lambda pre: kernels.topk(pre, self.k)
-
-    def finish(self, selection: Selection, n_rows: int) -> Selection:
-        return selection
+    def selection(self, threshold: Threshold, n_rows: int) -> Spec:
+        return Largest(self.k)
 
     def apply(self, pre: Codes, threshold: Threshold) -> Codes:
         return pre.with_values(pre.values.relu())
 
-    def infer(self, pre: Pre, threshold: Threshold) -> Selection:
-        return kernels.topk(pre, self.k)
+    def strongest(self, values: Float[Tensor, " nnz"], n_rows: int) -> Bool[Tensor, " nnz"]:
+        """Which entries of a selection with a larger k, row after row, this k would have selected."""
+        values = values.view(n_rows, -1)
+        best = values.argsort(dim=1, descending=True, stable=True)[:, : self.k]
+        return torch.zeros_like(values, dtype=torch.bool).scatter_(1, best, True).flatten()
+
+    def inference(self, threshold: Threshold) -> Spec:
+        return Largest(self.k)
 
 
 @dataclass(frozen=True)
@@ -88,24 +87,30 @@ class BatchTopK:
     def __post_init__(self) -> None:
         _require_k(self.k, "BatchTopK")
 
-    def selector(self, threshold: Threshold, n_rows: int) -> kernels.BatchTopKCandidates:
+    def selection(self, threshold: Threshold, n_rows: int) -> Spec:
         # The last batches' threshold is the best guess of this one's; NaN before the first.
-        last = 0.0 if threshold is None or threshold.isnan() else float(threshold)
-        return kernels.BatchTopKCandidates(self.k * n_rows, hint=last / 2)
-
-    def finish(self, selection: Selection, n_rows: int) -> Selection:
-        return kernels.batch_topk(selection, self.k * n_rows)
+        known = threshold is not None and not threshold.isnan()
+        return LargestOfBatch(self.k * n_rows, hint=0.95 * float(threshold) if known else None)  # type: ignore[arg-type]
 
     def apply(self, pre: Codes, threshold: Threshold) -> Codes:
         return pre.with_values(pre.values.relu())
 
-    def infer(self, pre: Pre, threshold: Threshold) -> Selection:
+    def strongest(self, values: Float[Tensor, " nnz"], n_rows: int) -> Bool[Tensor, " nnz"]:
+        """Which entries of a selection with a larger k, row after row, this k would have selected."""
+        budget = self.k * n_rows
+        if len(values) <= budget:
+            return torch.ones_like(values, dtype=torch.bool)
+        bound = values.topk(budget, sorted=False).values.amin()
+        above, tied = values > bound, values == bound
+        return above | (tied & (tied.cumsum(0) <= budget - above.sum()))  # ties go to the first, as in the selection
+
+    def inference(self, threshold: Threshold) -> Spec:
         if threshold is None or threshold.isnan():
             raise UnweaveError(
                 "this BatchTopK SAE has no threshold yet, which its inference form compares pre-activations with: "
                 "calibrate it first (training does so at its end)."
             )
-        return kernels.above(pre, float(threshold.clamp(min=0)))
+        return Above(float(threshold.clamp(min=0)))
 
 
 @dataclass(frozen=True)
@@ -129,26 +134,51 @@ class JumpReLU:
                 f"init_threshold={self.init_threshold} and bandwidth={self.bandwidth}."
             )
 
-    def selector(self, threshold: Threshold, n_rows: int) -> Selector:
+    def selection(self, threshold: Threshold, n_rows: int) -> Spec:
         """The active entries, and those just below the threshold that still give it a gradient."""
         assert threshold is not None
-        bound = threshold - self.bandwidth / 2
-        return lambda pre: kernels.above(pre, bound)
-
-    def finish(self, selection: Selection, n_rows: int) -> Selection:
-        return selection
+        return Above(threshold.detach() - self.bandwidth / 2)
 
     def apply(self, pre: Codes, threshold: Threshold) -> Codes:
         assert threshold is not None
         return pre.with_values(_JumpReLU.apply(pre.values, pre.at(threshold), self.bandwidth))
 
-    def infer(self, pre: Pre, threshold: Threshold) -> Selection:
+    def inference(self, threshold: Threshold) -> Spec:
         assert threshold is not None
-        return kernels.above(pre, threshold.clamp(min=0))
+        return Above(threshold.detach().clamp(min=0))
 
 
-Activation = ReLU | TopK | BatchTopK | JumpReLU
-ACTIVATIONS: dict[str, type[Any]] = {cls.name: cls for cls in (ReLU, TopK, BatchTopK, JumpReLU)}
+@dataclass(frozen=True)
+class Gated:
+    """A gate chooses the latents, their own gain and bias give the codes (Rajamanoharan et al., arXiv 2404.16014).
+
+        u = (x - b_dec) @ W_enc     gate = u + b_gate     code = relu(exp(r_mag) * u + b_mag) where gate > 0
+
+    The pre-activation is the gate's; the SAE keeps `b_gate` as its `b_enc`, and `r_mag` and `b_mag` beside it. The
+    codes are elementwise functions of the gate, so the encoder product is the only one. The gate itself learns from
+    its own two losses alone (see `unweave.objectives.gated`).
+    """
+
+    name: ClassVar[str] = "gated"
+    threshold_shape: ClassVar[str | None] = None
+
+    def selection(self, threshold: Threshold, n_rows: int) -> Spec:
+        return Above(0.0)
+
+    def magnitudes(self, pre: AnyCodes, b_gate: Tensor, r_mag: Tensor | None, b_mag: Tensor | None) -> AnyCodes:
+        """The codes at the entries of the gate's pre-activations, 0 where the gate is closed; parameters `(d_sae,)`."""
+        assert r_mag is not None
+        assert b_mag is not None
+        gain = r_mag.exp()
+        magnitudes = (pre.values * pre.at(gain) + pre.at(b_mag - gain * b_gate)).relu()
+        return cast(AnyCodes, pre.with_values(magnitudes * (pre.values > 0)))
+
+    def inference(self, threshold: Threshold) -> Spec:
+        return Above(0.0)
+
+
+Activation = ReLU | TopK | BatchTopK | JumpReLU | Gated
+ACTIVATIONS: dict[str, type[Any]] = {cls.name: cls for cls in (ReLU, TopK, BatchTopK, JumpReLU, Gated)}
 
 
 def _window(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:

@@ -7,25 +7,17 @@ whatever counts firing looks at the values, never at the number of entries.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-class ByLatent(NamedTuple):
-    """The same entries, ordered latent by latent."""
-
-    order: Int64[Tensor, " nnz"]
-    """Position of each entry in the row-ordered codes."""
-    rows: Int64[Tensor, " nnz"]
-    """Row of each entry."""
-    offsets: Int64[Tensor, " d_sae+1"]
-    """Where each latent's entries begin."""
+from unweave import kernels
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +25,7 @@ class SparseCodes:
     """Codes of `n_rows` inputs over `d_sae` latents.
 
     Attributes:
-        indices: Latent of each entry, `(nnz,)`, int64.
+        indices: Latent of each entry, `(nnz,)`, int64; ascending within a row.
         values: Value of each entry, `(nnz,)`.
         offsets: Row `i` holds the entries `offsets[i]:offsets[i + 1]`, `(n_rows + 1,)`, int64.
         d_sae: Number of latents.
@@ -56,12 +48,9 @@ class SparseCodes:
         )
 
     @cached_property
-    def by_latent(self) -> ByLatent:
-        """The transposed index that both weight gradients need; made once per batch."""
-        latents, order = torch.sort(self.indices, stable=True)
-        counts = torch.bincount(latents, minlength=self.d_sae)
-        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        return ByLatent(order, self.rows[order], offsets)
+    def by_latent(self) -> kernels.Transposed:
+        """The same entries, ordered latent by latent; made once per batch."""
+        return kernels.transpose(self.indices, self.offsets, self.d_sae)
 
     def with_values(self, values: Float[Tensor, " nnz"]) -> SparseCodes:
         """The same entries with other values; what is known about the index is kept."""
@@ -105,10 +94,26 @@ class SparseCodes:
         codes.__dict__["rows"] = rows
         return codes
 
+    def where(self, keep: Bool[Tensor, " nnz"]) -> SparseCodes:
+        """Only some of the entries."""
+        return self.from_entries(self.rows[keep], self.indices[keep], self.values[keep], self.n_rows, self.d_sae)
+
     def firing(self) -> SparseCodes:
         """Only the entries whose value is not 0."""
-        keep = self.values != 0
-        return self.from_entries(self.rows[keep], self.indices[keep], self.values[keep], self.n_rows, self.d_sae)
+        return self.where(self.values != 0)
+
+    def cut(self, widths: Sequence[int]) -> SparseCodes:
+        """Every row cut into one row for each block of latents.
+
+        Args:
+            widths: Where the blocks end, ascending, the last at `d_sae`.
+
+        Returns:
+            The same entries as `n_rows * len(widths)` rows: row `i * len(widths) + j` holds row i's entries in block j.
+        """
+        ends = torch.tensor(widths, device=self.indices.device)
+        rows = self.rows * len(widths) + torch.bucketize(self.indices, ends, right=True)
+        return self.from_entries(rows, self.indices, self.values, self.n_rows * len(widths), self.d_sae)
 
     def firing_counts(self) -> Int64[Tensor, " d_sae"]:
         """How many rows each latent fires on (its value is not 0)."""

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from unweave._errors import UnweaveError, nearest
 from unweave._files import atomic_path, write_json, write_tensors
-from unweave.sae.activation_fns import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from unweave.sae.activation_fns import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from unweave.sae.sae import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_ARCHITECTURES = ("standard", "topk", "batchtopk", "jumprelu")
+_ARCHITECTURES = ("standard", "topk", "batchtopk", "matryoshka_batchtopk", "jumprelu", "gated")
 _TRAINING_KEYS = {
     "decoder_init_norm", "l1_coefficient", "lp_norm", "l1_warm_up_steps", "use_sparse_activations",
     "aux_loss_coefficient", "topk_threshold_lr", "jumprelu_init_threshold", "jumprelu_bandwidth",
@@ -32,12 +32,14 @@ _TRAINING_KEYS = {
 }  # fmt: skip
 _KNOWN_KEYS = _TRAINING_KEYS | {
     "d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations", "reshape_activations",
-    "architecture", "metadata", "k", "rescale_acts_by_decoder_norm",
+    "architecture", "metadata", "k", "rescale_acts_by_decoder_norm", "matryoshka_widths", "use_matryoshka_aux_loss",
 }  # fmt: skip
 
 
 def _architecture(sae: SAE) -> str:
     """SAELens' name of the architecture that was trained."""
+    if isinstance(sae.activation, BatchTopK) and "matryoshka_widths" in sae.metadata:
+        return "matryoshka_batchtopk"
     return "standard" if isinstance(sae.activation, ReLU) else sae.activation.name
 
 
@@ -55,7 +57,10 @@ def _common_config(sae: SAE, architecture: str) -> dict[str, Any]:
 
 
 def _weights(sae: SAE) -> dict[str, Tensor]:
-    return {n: getattr(sae, n).detach().cpu().contiguous() for n in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    names = {n: n for n in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    if isinstance(sae.activation, Gated):
+        names |= {"b_enc": "b_gate", "r_mag": "r_mag", "b_mag": "b_mag"}
+    return {file: getattr(sae, ours).detach().cpu().contiguous() for ours, file in names.items()}
 
 
 def _write(folder: str | Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
@@ -73,8 +78,8 @@ def save(sae: SAE, folder: str | Path) -> Path:
         UnweaveError: If a BatchTopK SAE has no threshold yet.
     """
     activation, tensors = sae.activation, _weights(sae)
-    if isinstance(activation, ReLU):
-        config = _common_config(sae, "standard")
+    if isinstance(activation, ReLU | Gated):
+        config = _common_config(sae, _architecture(sae))
     elif isinstance(activation, TopK):
         config = _common_config(sae, "topk") | {"k": activation.k, "rescale_acts_by_decoder_norm": False}
     else:
@@ -101,6 +106,8 @@ def save_training_form(sae: SAE, folder: str | Path, training_config: dict[str, 
     if isinstance(sae.activation, BatchTopK):
         assert sae.threshold is not None
         tensors["topk_threshold"] = sae.threshold.detach().double().cpu()
+        if "matryoshka_widths" in sae.metadata:
+            config |= {"matryoshka_widths": sae.metadata["matryoshka_widths"], "use_matryoshka_aux_loss": False}
     elif isinstance(sae.activation, JumpReLU):
         assert sae.threshold is not None
         tensors["threshold"] = sae.threshold.detach().float().cpu().contiguous()
@@ -136,14 +143,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _activation(config: dict[str, Any], path: Path) -> Activation:
     architecture = config["architecture"]
-    if architecture in ("topk", "batchtopk"):
+    if architecture.endswith("topk"):
         if "k" not in config:
             raise UnweaveError(f"{str(path)!r} is a {architecture} SAE without k.")
         return (TopK if architecture == "topk" else BatchTopK)(config["k"])
     if architecture == "jumprelu":
         trained = {"init_threshold": "jumprelu_init_threshold", "bandwidth": "jumprelu_bandwidth"}
         return JumpReLU(**{name: config[key] for name, key in trained.items() if key in config})
-    return ReLU()
+    return Gated() if architecture == "gated" else ReLU()
 
 
 def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> SAE:
@@ -168,6 +175,8 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
 
     unknown = {k: v for k, v in config.items() if k not in _KNOWN_KEYS}
     metadata = dict(config.get("metadata") or {}) | ({"unknown_keys": unknown} if unknown else {})
+    if "matryoshka_widths" in config:
+        metadata["matryoshka_widths"] = config["matryoshka_widths"]
     sae = SAE(
         config["d_in"], config["d_sae"], _activation(config, folder / CONFIG),
         apply_b_dec_to_input=config["apply_b_dec_to_input"], metadata=metadata,
@@ -176,6 +185,8 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     if "topk_threshold" in tensors:
         tensors["threshold"] = tensors.pop("topk_threshold").float()
     expected = sae.state_dict()
+    if isinstance(sae.activation, Gated):
+        expected["b_gate"] = expected.pop("b_enc")
     for name, tensor in expected.items():
         if name not in tensors:
             raise UnweaveError(f"{str(path)!r} lacks the tensor {name!r}.")
@@ -194,8 +205,10 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     sae = sae.to(dtype or stored)
     if sae.threshold is not None:
         sae.threshold.data = sae.threshold.data.float()
+    if isinstance(sae.activation, Gated):
+        tensors["b_enc"] = tensors.pop("b_gate")
     sae.load_state_dict(tensors)
-    if config.get("rescale_acts_by_decoder_norm") and config["architecture"] in ("topk", "batchtopk"):
+    if config.get("rescale_acts_by_decoder_norm") and config["architecture"].endswith("topk"):
         _fold_ranking_norms(sae)
     return sae.to(device).requires_grad_(False)
 

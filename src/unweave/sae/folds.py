@@ -41,3 +41,5 @@ def fold_decoder_norms(sae: SAE) -> None:
     sae.b_enc.mul_(norms)
     if sae.threshold is not None:
         sae.threshold.mul_(norms if sae.threshold.ndim else norms[0])
+    if sae.b_mag is not None:
+        sae.b_mag.mul_(norms)  # r_mag is a factor, the same in every unit

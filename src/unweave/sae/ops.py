@@ -37,8 +37,8 @@ class _EncodeAt(torch.autograd.Function):
             grad_b = grad.sum(0)
             grad_x = grad @ W_enc.T if ctx.needs_input_grad[0] else None
         else:
-            order, rows, offsets = ctx.codes.by_latent
-            grad_W = kernels.scatter_outer(rows, grad[order], offsets, centred).T
+            indices, offsets = ctx.codes.indices, ctx.codes.offsets
+            grad_W = kernels.scatter_outer(indices, grad, offsets, centred, ctx.codes.d_sae).T
             grad_b = ctx.codes.sum_by_latent(grad)
             grad_x = None
             if ctx.needs_input_grad[0]:
@@ -58,13 +58,10 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         values, W_dec = ctx.saved_tensors
         codes, grad = ctx.codes, grad.contiguous()
-        grad_values = (
-            kernels.sddmm(codes.indices, codes.rows, codes.offsets, grad, W_dec) if ctx.needs_input_grad[0] else None
-        )
+        grad_values = kernels.sddmm(codes.indices, codes.offsets, grad, W_dec) if ctx.needs_input_grad[0] else None
         grad_W = None
         if ctx.needs_input_grad[1]:
-            order, rows, offsets = codes.by_latent
-            grad_W = kernels.scatter_outer(rows, values[order], offsets, grad)
+            grad_W = kernels.scatter_outer(codes.indices, values, codes.offsets, grad, codes.d_sae)
         return grad_values, grad_W, None
 
 

@@ -10,6 +10,8 @@ scale it was trained at is folded into its weights. Inference treats each token 
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +22,8 @@ from torch import Tensor, nn
 from unweave import kernels
 from unweave._errors import UnweaveError
 from unweave.kernels import Selection
-from unweave.kernels.encode_select import CHUNK_ROWS
 from unweave.sae import ops
-from unweave.sae.activation_fns import Activation, JumpReLU, ReLU
+from unweave.sae.activation_fns import Activation, BatchTopK, Gated, TopK
 from unweave.sae.codes import Codes, DenseCodes, SparseCodes
 
 DENSE_ABOVE = 0.05
@@ -38,6 +39,8 @@ class TrainingCodes(NamedTuple):
     """Codes at the same entries."""
     aux: SparseCodes | None
     """Pre-activations of the strongest dead latents of each row, if any were asked for."""
+    extra: SparseCodes | None = None
+    """Pre-activations that a larger k selects beside the entries of `codes`, if one was asked for."""
 
 
 class SAE(nn.Module):
@@ -46,23 +49,26 @@ class SAE(nn.Module):
     Args:
         d_in: Width of the activations.
         d_sae: Number of latents.
-        activation: `ReLU()`, `TopK(k)`, `BatchTopK(k)` or `JumpReLU()`.
+        activation: `ReLU()`, `TopK(k)`, `BatchTopK(k)`, `JumpReLU()` or `Gated()`.
         apply_b_dec_to_input: Whether the decoder's bias is subtracted from the input before encoding.
         metadata: Where the SAE comes from (model, hook, data, ...); JSON values, saved with the weights.
         generator: Source of the random initial decoder; the global one if None.
 
     Attributes:
         W_enc: `(d_in, d_sae)`, laid out latent by latent in memory.
-        b_enc: `(d_sae,)`.
+        b_enc: `(d_sae,)`; of a Gated SAE, the gate's bias.
         W_dec: `(d_sae, d_in)`, rows of unit norm unless trained otherwise.
         b_dec: `(d_in,)`.
         threshold: float32; `(d_sae,)` for JumpReLU, a scalar (NaN until calibrated) for BatchTopK, else None.
+        r_mag, b_mag: `(d_sae,)`, log gain and bias of a Gated SAE's codes, else None.
 
     Raises:
         UnweaveError: If a width is not positive, or k is larger than d_sae.
     """
 
     threshold: Tensor | None
+    r_mag: Tensor | None
+    b_mag: Tensor | None
 
     def __init__(
         self,
@@ -96,6 +102,9 @@ class SAE(nn.Module):
         else:
             scalar = torch.tensor(float("nan")) if activation.threshold_shape == "scalar" else None
             self.register_buffer("threshold", scalar)
+        gated = isinstance(activation, Gated)
+        for name in ("r_mag", "b_mag"):
+            self.register_parameter(name, nn.Parameter(torch.zeros(d_sae)) if gated else None)
 
     @property
     def device(self) -> torch.device:
@@ -124,9 +133,11 @@ class SAE(nn.Module):
         x = self._rows(x)
         with torch.no_grad():
             centred = x - self._bias_of_input()
-            select = [lambda pre: self.activation.infer(pre, self.threshold)]
-            (selection,) = kernels.encode_select(centred, self.W_enc, self.b_enc, select)
+            spec = self.activation.inference(self.threshold)
+            selection = kernels.encode_select(centred, self.W_enc, self.b_enc, spec)
         pre = ops.encode_at(x, self._bias_of_input(), self.W_enc, self.b_enc, self._codes(selection))
+        if isinstance(self.activation, Gated):
+            return self.activation.magnitudes(pre, self.b_enc, self.r_mag, self.b_mag)
         return pre.with_values(pre.values.relu())
 
     def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
@@ -146,7 +157,7 @@ class SAE(nn.Module):
         return self.decode(self.encode_sparse(x)).reshape(x.shape).to(x.dtype)
 
     def training_codes(
-        self, x: Float[Tensor, "n d_in"], dead: Bool[Tensor, " d_sae"] | None = None, k_aux: int = 0
+        self, x: Float[Tensor, "n d_in"], dead: Bool[Tensor, " d_sae"] | None = None, k_aux: int = 0, k_multi: int = 0
     ) -> TrainingCodes:
         """Codes of a training batch, with gradients; the batch's tokens may be coupled (BatchTopK).
 
@@ -154,33 +165,56 @@ class SAE(nn.Module):
             x: Inputs, at the scale of training.
             dead: Latents that count as dead, of which the `k_aux` strongest of each row are returned too.
             k_aux: Number of dead latents for each row; 0 for none.
+            k_multi: A k larger than the activation function's: one selection with it gives the codes, and beside them
+                the entries of rank k + 1 to `k_multi`. 0 for none.
         """
         bias = self._bias_of_input()
         with torch.no_grad():
             centred, latents = x - bias, None if dead is None or k_aux == 0 else dead.nonzero().flatten()
-            pre, aux = self._select(centred, latents, k_aux)
+            pre: Codes
+            extra = None
+            if k_multi:
+                pre, extra, aux = self._select_wider(centred, latents, k_aux, k_multi)
+            else:
+                pre, aux = self._select(centred, latents, k_aux)
         pre = ops.encode_at(x, bias, self.W_enc, self.b_enc, pre)
         if aux is not None:
             aux = ops.encode_at(x, bias, self.W_enc, self.b_enc, aux)
-        return TrainingCodes(pre, self.activation.apply(pre, self.threshold), aux)
+        if extra is not None:
+            extra = ops.encode_at(x, bias, self.W_enc, self.b_enc, extra)
+        if isinstance(self.activation, Gated):
+            codes: Codes = self.activation.magnitudes(pre, self.b_enc, self.r_mag, self.b_mag)
+        else:
+            codes = self.activation.apply(pre, self.threshold)
+        return TrainingCodes(pre, codes, aux, extra)
+
+    def _select_wider(
+        self, centred: Tensor, latents: Tensor | None, k_aux: int, k: int
+    ) -> tuple[SparseCodes, SparseCodes, SparseCodes | None]:
+        """`_select` with a larger k: what its own k would have given, the rest, and the dead latents."""
+        assert isinstance(self.activation, TopK | BatchTopK)
+        wider = copy.copy(self)  # the same weights under another activation function
+        wider.activation = dataclasses.replace(self.activation, k=k)
+        wider._buffers = {"threshold": None}  # that of the smaller k would be a poor guess
+        pre, aux = wider._select(centred, latents, k_aux)
+        assert isinstance(pre, SparseCodes)
+        chosen = self.activation.strongest(pre.values, len(centred))
+        return pre.where(chosen), pre.where(~chosen), aux
 
     def _select(self, centred: Tensor, latents: Tensor | None, k_aux: int) -> tuple[Codes, SparseCodes | None]:
-        activation = self.activation
-        select = [activation.selector(self.threshold, len(centred))]
-        if latents is not None and len(latents):
-            select.append(lambda pre: kernels.topk_among(pre, k_aux, latents))
-        if isinstance(activation, ReLU | JumpReLU):
-            # How many entries there are is known only now; the first rows tell whether sparse products would pay.
-            (probe,) = kernels.encode_select(centred[:CHUNK_ROWS], self.W_enc, self.b_enc, select[:1])
-            if len(probe.indices) > DENSE_ABOVE * len(probe.counts) * self.d_sae:
-                pre = torch.addmm(self.b_enc, centred, self.W_enc)
-                return DenseCodes(pre), self._codes(select[1](pre)) if len(select) > 1 else None
-        selections = kernels.encode_select(centred, self.W_enc, self.b_enc, select)
-        if isinstance(select[0], kernels.BatchTopKCandidates) and select[0].missed:
-            select[0] = kernels.BatchTopKCandidates(select[0].budget)
-            selections = kernels.encode_select(centred, self.W_enc, self.b_enc, select)
-        main = activation.finish(selections[0], len(centred))
-        return self._codes(main), self._codes(selections[1]) if len(selections) > 1 else None
+        spec = self.activation.selection(self.threshold, len(centred))
+        pre: Codes
+        try:
+            most = DENSE_ABOVE if isinstance(spec, kernels.Above) else 1.0
+            pre = self._codes(kernels.encode_select(centred, self.W_enc, self.b_enc, spec, max_density=most))
+        except kernels.TooDense:
+            pre = DenseCodes(torch.addmm(self.b_enc, centred, self.W_enc))
+        if latents is None or len(latents) == 0:
+            return pre, None
+        # The dead are few: their columns by themselves cost less than looking for them among all the others.
+        W_dead = self.W_enc.T[latents].T
+        aux = kernels.encode_select(centred, W_dead, self.b_enc[latents], kernels.Largest(min(k_aux, len(latents))))
+        return pre, self._codes(aux._replace(indices=latents[aux.indices]))
 
     def save(self, folder: str | Path) -> Path:
         """Write the inference form in SAELens' layout; see `unweave.sae.files.save`."""
