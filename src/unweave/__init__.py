@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "unweave.sae": ("SAE", "SparseCodes", "ReLU", "TopK", "BatchTopK", "JumpReLU"),
-    "unweave.objectives": ("L1", "TargetL0", "AuxK"),
+    "unweave.sae": ("SAE", "SparseCodes", "ReLU", "TopK", "BatchTopK", "JumpReLU", "Gated"),
+    "unweave.objectives": ("L1", "TargetL0", "AuxK", "Matryoshka", "MultiTopK", "PreActivation", "GhostGradients"),
     "unweave.training": ("SAEConfig", "TrainConfig", "train", "train_on"),
     "unweave.activations": ("DataConfig", "MaskConfig"),
     "unweave.models": ("load_model", "capture", "splice", "resolve_hooks"),
@@ -27,9 +27,9 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 # Type checkers, editors and `import *` read these two lists; a test holds them equal to the table above.
 __all__ = [
-    "L1", "SAE", "AuxK", "BatchTopK", "DataConfig", "JumpReLU", "MaskConfig", "ReLU", "Report", "SAEConfig",
-    "SparseCodes", "TargetL0", "TopK", "TrainConfig", "UnweaveError", "capture", "dashboard", "evaluate",
-    "load_model", "resolve_hooks", "splice", "train", "train_on",
+    "L1", "SAE", "AuxK", "BatchTopK", "DataConfig", "Gated", "GhostGradients", "JumpReLU", "MaskConfig", "Matryoshka",
+    "MultiTopK", "PreActivation", "ReLU", "Report", "SAEConfig", "SparseCodes", "TargetL0", "TopK", "TrainConfig",
+    "UnweaveError", "capture", "dashboard", "evaluate", "load_model", "resolve_hooks", "splice", "train", "train_on",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from unweave.evaluation import Report
     from unweave.evaluation.evaluate import evaluate
     from unweave.models import capture, load_model, resolve_hooks, splice
-    from unweave.objectives import L1, AuxK, TargetL0
-    from unweave.sae import SAE, BatchTopK, JumpReLU, ReLU, SparseCodes, TopK
+    from unweave.objectives import L1, AuxK, GhostGradients, Matryoshka, MultiTopK, PreActivation, TargetL0
+    from unweave.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, SparseCodes, TopK
     from unweave.training import SAEConfig, TrainConfig
     from unweave.training.train import train
     from unweave.training.train_on import train_on

@@ -119,6 +119,31 @@ def test_toml_and_line(tmp_path, text):
     assert names == ["00_topk", "01_relu"]
 
 
+def test_a_gated_sae_from_the_line(tmp_path, text):
+    small = [a for a in SMALL if a not in ("--k", "8")]
+    more = ["--activation", "gated", "--l1", "2", "--matryoshka", "0.25", "128", "--pre-act", "1e-5"]
+    unweave("train", "--data", text, *small, *more, "--eval-tokens", "1000", "--out", "run", cwd=tmp_path, check=0)
+    sae = SAE.load(tmp_path / "run" / "sae")
+    assert sae.activation.name == "gated"
+    assert sae.metadata["matryoshka_widths"] == [64, 128, 256]
+    assert (tmp_path / "run" / "eval.json").exists()
+
+
+def test_objectives_from_the_line_and_the_file(tmp_path):
+    """What the line says of an objective is put into the file's table; the rest of the table stays."""
+    from unweave.cli.train import TrainArgs
+    from unweave.objectives import AuxK, GhostGradients, Matryoshka, MultiTopK
+
+    path = tmp_path / "run.toml"
+    path.write_text("[[saes]]\nmulti_topk = { k = 40, coefficient = 0.5 }\nmatryoshka = { prefixes = [0.25, 8192] }")
+    (sae,) = TrainArgs(config=path, multi_topk=64, ghost=0.3).to_config().saes
+    assert sae.multi_topk == MultiTopK(64, 0.5)
+    assert sae.matryoshka == Matryoshka((0.25, 8192))
+    assert (sae.ghost, sae.auxk) == (GhostGradients(0.3), AuxK(0))
+    (sae,) = TrainArgs(matryoshka=(128.0, 1024.0)).to_config().saes
+    assert sae.matryoshka.widths_for(4096) == (128, 1024, 4096)
+
+
 def test_dry_run_spends_nothing(tmp_path, text):
     result = unweave("train", "--data", text, *SMALL, "--dry-run", cwd=tmp_path, check=0)
     assert "6,000 tokens in 12 steps" in result.stdout
@@ -137,6 +162,10 @@ def test_dry_run_spends_nothing(tmp_path, text):
         (["--k", "300"], "k=300.*256"),
         (["--d-sae", "0"], "d_sae.*0"),
         (["--activation", "relu"], "--k goes with"),
+        (["--activation", "gated"], "--k goes with"),
+        (["--matryoshka", "300"], "300 latents is wider"),
+        (["--multi-topk", "8"], "above the first, 8"),
+        (["--pre-act", "1"], "TopK ranks"),
         (["--config", "bad.toml"], "did you mean 'hooks'"),
         (["--config", "missing.toml"], "missing.toml"),
         (["--resume"], "config"),

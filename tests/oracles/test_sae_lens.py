@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from unweave import SAE, BatchTopK, JumpReLU, ReLU, TopK
+from unweave import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK
 
 # sae-lens warns while it is imported, which is no concern of ours.
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("default")]
 
 D_IN, D_SAE = 24, 96
-ACTIVATIONS = [ReLU(), TopK(k=5), BatchTopK(k=5), JumpReLU()]
+ACTIVATIONS = [ReLU(), TopK(k=5), BatchTopK(k=5), JumpReLU(), Gated()]
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,10 @@ def x() -> Tensor:
 
 @torch.no_grad()
 def randomise(sae: Any) -> None:
-    """Biases, thresholds and decoder norms that matter."""
-    sae.b_enc.copy_(torch.randn(D_SAE) * 0.5)
+    """Biases, gains, thresholds and decoder norms that matter."""
+    for name in ("b_enc", "b_gate", "b_mag", "r_mag"):
+        if getattr(sae, name, None) is not None:
+            getattr(sae, name).copy_(torch.randn(D_SAE) * 0.5)
     sae.b_dec.copy_(torch.randn(D_IN))
     sae.W_enc.copy_(torch.randn(D_IN, D_SAE) / D_IN**0.5)
     sae.W_dec.copy_(torch.randn(D_SAE, D_IN) / D_IN**0.5)
@@ -82,12 +84,24 @@ def test_sae_lens_loads_our_training_form(
     torch.testing.assert_close(ours.decode(ours.encode(x)), theirs.decode(ours.encode(x)), atol=1e-5, rtol=1e-5)
 
 
+def test_sae_lens_loads_our_matryoshka_training_form(sae_lens: ModuleType, tmp_path: Path, x: Tensor) -> None:
+    from unweave.sae.files import save_training_form
+
+    ours = our_sae(BatchTopK(k=5), apply_b_dec_to_input=True)
+    ours.metadata["matryoshka_widths"] = [8, 32, D_SAE]
+    theirs = sae_lens.TrainingSAE.load_from_disk(save_training_form(ours, tmp_path / "training", {}))
+    assert theirs.cfg.architecture() == "matryoshka_batchtopk"
+    assert theirs.cfg.matryoshka_widths == [8, 32, D_SAE]
+    torch.testing.assert_close(ours.decode(ours.encode(x)), theirs.decode(ours.encode(x)), atol=1e-5, rtol=1e-5)
+    assert_equal(ours, sae_lens.SAE.load_from_disk(ours.save(tmp_path / "sae")), x)
+
+
 def their_sae(sae_lens: ModuleType, kind: str, **config: Any) -> Any:
     sae = getattr(sae_lens, kind)(getattr(sae_lens, f"{kind}Config")(d_in=D_IN, d_sae=D_SAE, **config))
     randomise(sae)
     if kind.startswith("JumpReLU"):
         sae.threshold.data = 0.3 + torch.rand(D_SAE)
-    if kind.startswith("BatchTopK"):
+    if "BatchTopK" in kind:
         sae.topk_threshold = torch.tensor(0.4, dtype=torch.double)
     return sae
 
@@ -100,8 +114,9 @@ def their_sae(sae_lens: ModuleType, kind: str, **config: Any) -> Any:
         ("TopKSAE", {"k": 5}),
         ("TopKSAE", {"k": 5, "rescale_acts_by_decoder_norm": True}),
         ("JumpReLUSAE", {}),
+        ("GatedSAE", {}),
     ],
-    ids=["standard", "topk", "topk-rescaled", "jumprelu"],
+    ids=["standard", "topk", "topk-rescaled", "jumprelu", "gated"],
 )
 def test_we_load_theirs(
     sae_lens: ModuleType, tmp_path: Path, x: Tensor, kind: str, config: dict[str, Any], apply_b_dec_to_input: bool
@@ -115,12 +130,18 @@ def test_we_load_theirs(
 
 
 @pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [("BatchTopKTrainingSAE", {}), ("MatryoshkaBatchTopKTrainingSAE", {"matryoshka_widths": [8, 32, D_SAE]})],
+    ids=["batchtopk", "matryoshka"],
+)
 def test_we_load_their_batchtopk_training_checkpoint(
-    sae_lens: ModuleType, tmp_path: Path, x: Tensor, rescale: bool
+    sae_lens: ModuleType, tmp_path: Path, x: Tensor, kind: str, config: dict[str, Any], rescale: bool
 ) -> None:
-    training = their_sae(sae_lens, "BatchTopKTrainingSAE", k=5, rescale_acts_by_decoder_norm=rescale)
+    training = their_sae(sae_lens, kind, k=5, rescale_acts_by_decoder_norm=rescale, **config)
     training.save_model(tmp_path / "training")
     training.save_inference_model(tmp_path / "inference")
     theirs = sae_lens.SAE.load_from_disk(tmp_path / "inference")
     assert_equal(SAE.load(tmp_path / "inference"), theirs, x)
     assert_equal(SAE.load(tmp_path / "training"), theirs, x)
+    assert SAE.load(tmp_path / "training").metadata.get("matryoshka_widths") == config.get("matryoshka_widths")

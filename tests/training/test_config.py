@@ -3,8 +3,8 @@ import json
 import pytest
 
 from unweave._errors import UnweaveError
-from unweave.objectives import L1, AuxK, TargetL0
-from unweave.sae import BatchTopK, JumpReLU, ReLU, TopK
+from unweave.objectives import L1, AuxK, GhostGradients, Matryoshka, MultiTopK, PreActivation, TargetL0
+from unweave.sae import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from unweave.training import SAEConfig, TrainConfig
 from unweave.training.config import from_dict, to_dict
 
@@ -13,6 +13,9 @@ CONFIGS = [
     SAEConfig(d_sae=64, activation=BatchTopK(3), auxk=AuxK(0.5, 8), lr=1e-3, grad_clip=None, betas=(0.0, 0.99)),
     SAEConfig(activation=ReLU(), sparsity=L1(2.5), unit_norm=False, b_dec_init="zeros"),
     SAEConfig(activation=JumpReLU(0.2, 0.3), sparsity=TargetL0(20), dead_after=1000),
+    SAEConfig(activation=Gated(), sparsity=L1(2.5), pre_act=PreActivation(1e-3)),
+    SAEConfig(activation=BatchTopK(3), matryoshka=Matryoshka((0.25, 0.5)), multi_topk=MultiTopK(7, 0.5)),
+    SAEConfig(activation=TopK(3), matryoshka=Matryoshka((128, 1024)), ghost=GhostGradients(0.5)),
 ]
 
 
@@ -29,6 +32,16 @@ def test_defaults_by_activation():
     assert not SAEConfig(activation=ReLU()).decoder_is_unit
     assert SAEConfig(activation=TopK()).decoder_is_unit
     assert SAEConfig(d_sae=2**16).learning_rate == pytest.approx(1e-4)
+    assert SAEConfig(activation=Gated()).sparsity_term == L1()
+    assert SAEConfig(activation=Gated()).decoder_is_unit
+
+
+def test_ghost_gradients_take_the_place_of_auxk():
+    config = SAEConfig(ghost=GhostGradients())
+    assert config.auxk.coefficient == 0
+    assert SAEConfig(ghost=GhostGradients(), auxk=AuxK(0.0, 64)).auxk.k == 64
+    with pytest.raises(UnweaveError, match="give one of them"):
+        SAEConfig(ghost=GhostGradients(), auxk=AuxK(0.5))
 
 
 @pytest.mark.parametrize(
@@ -48,6 +61,9 @@ def test_defaults_by_activation():
         ({"text": "x"}, "text must be a table"),
         ({"saes": [{"betas": [0.9]}]}, "betas"),
         ({"saes": [{"betas": [1.0, 0.9]}]}, "betas"),
+        ({"saes": [{"matryoshka": {"prefixes": 0.5}}]}, "prefixes must be a list"),
+        ({"saes": [{"matryoshka": {"widths": [1]}}]}, r"matryoshka.widths'.*'prefixes'|matryoshka.widths.*prefixes"),
+        ({"saes": [{"multi_topk": 128}]}, "multi_topk must be a table"),
     ],
 )
 def test_misspelt_settings(values, message):
@@ -80,6 +96,26 @@ def test_whole_floats_and_integers_are_accepted():
 def test_impossible_settings(make):
     with pytest.raises(UnweaveError):
         make()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"activation": TopK(32), "matryoshka": Matryoshka((128,)), "d_sae": 64}, "128 latents is wider"),
+        ({"matryoshka": Matryoshka((0.5, 0.25))}, "ascend"),
+        ({"activation": ReLU(), "multi_topk": MultiTopK()}, "ReLU has none"),
+        ({"activation": Gated(), "multi_topk": MultiTopK(64)}, "Gated has none"),
+        ({"activation": TopK(8), "multi_topk": MultiTopK(8)}, "above the first, 8"),
+        ({"activation": TopK(8), "d_sae": 16, "multi_topk": MultiTopK(17)}, "d_sae=16, got 17"),
+        ({"activation": TopK(8), "d_sae": 8, "multi_topk": MultiTopK()}, "above the first, 8"),
+        ({"activation": TopK(8), "pre_act": PreActivation()}, "TopK ranks"),
+        ({"activation": BatchTopK(8), "pre_act": PreActivation()}, "BatchTopK ranks"),
+        ({"activation": Gated(), "sparsity": TargetL0()}, "Gated SAE has none"),
+    ],
+)
+def test_objectives_that_make_no_sense_together(settings, message):
+    with pytest.raises(UnweaveError, match=message):
+        SAEConfig(**settings)
 
 
 def test_the_ring_holds_at_least_a_batch():

@@ -13,7 +13,8 @@ import torch
 import unweave.training.trainer as trainer
 from unweave._errors import UnweaveError
 from unweave.activations import DataConfig
-from unweave.sae import SAE, BatchTopK, JumpReLU, ReLU, TopK
+from unweave.objectives import Matryoshka, PreActivation
+from unweave.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from unweave.training import SAEConfig, TrainConfig, TrainingInterrupted, train
 from unweave.training.train import prepare, read_run_config
 
@@ -22,6 +23,7 @@ SAES = (
     SAEConfig(d_sae=32, activation=JumpReLU()),
     SAEConfig(d_sae=24, activation=ReLU()),
     SAEConfig(d_sae=32, activation=TopK(4)),
+    SAEConfig(d_sae=24, activation=Gated(), pre_act=PreActivation(), matryoshka=Matryoshka(), dead_after=500),
 )
 
 
@@ -74,10 +76,8 @@ def interrupt_after(monkeypatch, steps, number=signal.SIGINT):
 def test_a_run_and_its_files(config, tiny_model):
     result = train(config, model=tiny_model, progress=False)
     out = config_path(config)
-    assert len(result.saes) == 8
-    assert [sae.metadata["hf_hook_name"] for sae in result.saes] == ["transformer.h.0"] * 4 + [
-        "transformer.h.1.mlp"
-    ] * 4
+    hooks = ["transformer.h.0"] * len(SAES) + ["transformer.h.1.mlp"] * len(SAES)
+    assert [sae.metadata["hf_hook_name"] for sae in result.saes] == hooks
     assert result.saes[0].metadata["hook_name"] == "blocks.0.hook_resid_post"
     for sae, folder in zip(result.saes, result.folders, strict=True):
         loaded, x = SAE.load(folder), torch.randn(20, 16)

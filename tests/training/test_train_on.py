@@ -1,16 +1,19 @@
 """Training on plain tensors: it learns, it is exact, and it refuses what it cannot use."""
 
+import json
+
 import pytest
 import torch
 
 from unweave._errors import UnweaveError
-from unweave.objectives import AuxK
-from unweave.sae import BatchTopK, JumpReLU, ReLU, TopK
+from unweave.objectives import AuxK, GhostGradients, Matryoshka, MultiTopK, PreActivation
+from unweave.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from unweave.training import SAEConfig, train_on
+from unweave.training.finish import finished_sae, save_finished
 from unweave.training.schedules import learning_rate_factor
 from unweave.training.trainee import Trainee
 
-ACTIVATIONS = [TopK(3), BatchTopK(3), ReLU(), JumpReLU()]
+ACTIVATIONS = [TopK(3), BatchTopK(3), ReLU(), JumpReLU(), Gated()]
 
 
 def world(n_batches=60, n=256, d=16, features=32, scale=7.0, seed=0):
@@ -33,6 +36,68 @@ def test_learns(activation):
     x = torch.cat(list(world(2, seed=0)))
     assert explained_variance(sae, x) > 0.8
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(48), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("activation", "objective"),
+    [
+        (BatchTopK(3), {"matryoshka": Matryoshka((0.25, 0.5))}),
+        (ReLU(), {"matryoshka": Matryoshka((12, 24))}),
+        (TopK(3), {"multi_topk": MultiTopK()}),
+        (BatchTopK(3), {"multi_topk": MultiTopK(), "matryoshka": Matryoshka(), "ghost": GhostGradients()}),
+        (JumpReLU(), {"pre_act": PreActivation()}),
+    ],
+    ids=str,
+)
+def test_learns_with_other_objectives(activation, objective):
+    config = SAEConfig(d_sae=48, activation=activation, lr=5e-3, dead_after=2560, **objective)
+    (sae,) = train_on(list(world(300)), [config], progress=False)
+    assert explained_variance(sae, torch.cat(list(world(2, seed=0)))) > 0.7
+
+
+def test_prefixes_of_a_matryoshka_sae_reconstruct_by_themselves():
+    """What the first quarter of the latents explains, with the loss on prefixes and without."""
+    x = torch.cat(list(world(2)))
+
+    def explained_by_prefix(matryoshka):
+        config = SAEConfig(d_sae=48, activation=BatchTopK(3), lr=5e-3, matryoshka=matryoshka)
+        (sae,) = train_on(list(world(300)), [config], progress=False)
+        codes = sae.encode(x)
+        codes[:, 12:] = 0
+        return explained_variance(lambda _: sae.decode(codes), x)
+
+    assert explained_by_prefix(Matryoshka((0.25,))) > explained_by_prefix(None) + 0.1
+
+
+def test_more_latents_help_a_multi_topk_sae():
+    """With four times the k it was trained with, its reconstruction gets better, not worse."""
+
+    def gain(multi_topk):
+        config = SAEConfig(d_sae=48, activation=TopK(3), lr=5e-3, multi_topk=multi_topk)
+        (sae,) = train_on(list(world(300)), [config], progress=False)
+        x = torch.cat(list(world(2)))
+        before, sae.activation = explained_variance(sae, x), TopK(12)
+        return explained_variance(sae, x) - before
+
+    assert gain(MultiTopK()) > max(0, gain(None))
+
+
+def test_a_matryoshka_sae_is_saved_in_both_forms(tmp_path):
+    """pitfall_191: the JumpReLU form that everybody reads, and SAELens' matryoshka_batchtopk beside it."""
+    trainee = make_trainee(activation=BatchTopK(3), matryoshka=Matryoshka((4, 0.5)))
+    batches = list(world(5))
+    for x in batches:
+        trainee.step(x)
+    sae = finished_sae(trainee, batches, {})
+    save_finished(sae, trainee.config, tmp_path)
+    inference, training = SAE.load(tmp_path), SAE.load(tmp_path / "training")
+    assert isinstance(inference.activation, JumpReLU)
+    assert training.activation == BatchTopK(3)
+    for loaded in (inference, training):
+        torch.testing.assert_close(loaded(batches[0]), sae(batches[0]))
+        assert loaded.metadata["matryoshka_widths"] == [4, 12, 24]
+    written = json.loads((tmp_path / "training" / "cfg.json").read_text())
+    assert written["architecture"] == "matryoshka_batchtopk"
 
 
 def test_target_l0_is_reached():
@@ -162,6 +227,30 @@ def test_dead_latents_are_revived():
     assert dead_share(1 / 32) < 0.1
 
 
+@pytest.mark.parametrize(
+    ("activation", "objective"),
+    [
+        (TopK(3), {"ghost": GhostGradients()}),
+        (JumpReLU(), {"pre_act": PreActivation(0.1)}),
+        (ReLU(), {"pre_act": PreActivation(0.1)}),
+        (Gated(), {"pre_act": PreActivation(0.1)}),
+    ],
+    ids=str,
+)
+def test_dead_latents_are_revived_by_other_losses(activation, objective):
+    """pitfall_127: every option runs, and does what it is for."""
+
+    def dead_share(**objective):
+        trainee = make_trainee(activation=activation, dead_after=1024, lr=1e-2, auxk=AuxK(0), **objective)
+        trainee.sae.b_enc.data[:12] = -6.0
+        for x in world(200):
+            trainee.step(x)
+        return trainee.dead.float().mean().item()
+
+    assert dead_share() > 0.3
+    assert dead_share(**objective) < 0.1
+
+
 def test_unit_norm_after_the_step():
     """pitfall_150"""
     trainee = make_trainee(activation=TopK(3), lr=0.1)
@@ -194,15 +283,46 @@ def test_threshold_estimate_equals_the_first_observation():
     assert trainee.sae.threshold.data_ptr() == pointer  # pitfall_054
 
 
-def test_fused_adam_walks_the_encoder_in_its_own_layout():
-    """W_enc is a transposed view; its update must equal that of a plain Adam."""
-    fused, plain = make_trainee(activation=TopK(3)), make_trainee(activation=TopK(3))
-    plain.optimizer = torch.optim.Adam(
-        [g | {"fused": False} for g in plain.optimizer.param_groups], betas=(0.9, 0.999), fused=False
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_steps_are_those_of_torchs_adam(activation):
+    """Schedule, clipping and unit decoder rows included; W_enc is a transposed view, thresholds have their own rate."""
+    own, other = (
+        make_trainee(activation=activation, lr=2e-3, threshold_lr=1e-3, grad_clip=0.05, warmup=0.5, precision="fp32")
+        for _ in range(2)
     )
-    for x in world(5):
-        fused.step(x), plain.step(x)
-    torch.testing.assert_close(fused.sae.W_enc, plain.sae.W_enc, atol=1e-6, rtol=1e-4)
+    sae, parameters = other.sae, other.optimizer.parameters
+    adam = torch.optim.Adam([{"params": [p], "lr": other.rates[name]} for name, p in parameters.items()], eps=1e-8)
+    clipped = 0
+    for step, x in enumerate(world(8)):
+        own.step(x)
+        x = x * other.scale
+        made = other._autograd(x, min(1.0, step / 10))
+        norm = made.squares.sqrt().item()
+        clip = min(1.0, 0.05 * sae.d_in / norm)
+        clipped += clip < 1
+        for (name, parameter), group in zip(parameters.items(), adam.param_groups, strict=True):
+            parameter.grad = made.grads[name] * clip
+            group["lr"] = other.rates[name] * min(1.0, (step + 1) / 50)
+        adam.step()
+        with torch.no_grad():
+            sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True) if other.config.decoder_is_unit else 1
+            if "threshold" in parameters:
+                sae.threshold.clamp_(min=0)
+            other._track(made, len(x))
+        other.step_count += 1
+        for parameter in parameters.values():
+            parameter.grad = None
+        for name, parameter in parameters.items():
+            got = dict(own.sae.named_parameters())[name]
+            torch.testing.assert_close(got, parameter, atol=2e-6, rtol=1e-4, msg=f"{name} after step {step}")
+    assert clipped > 0
+    moments = own.optimizer.state_dict()
+    for name, parameter in parameters.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            got, expected = moments[name][key], adam.state[parameter][key]
+            if parameter.ndim == 2 and not parameter.is_contiguous():
+                expected = expected.T
+            torch.testing.assert_close(got.flatten(), expected.flatten(), atol=1e-5, rtol=1e-3)
 
 
 def test_unequal_batches_never_reverse_the_learning_rate():

@@ -34,17 +34,28 @@ class TrainArgs:
     d_sae: Annotated[int | None, shown("N", "16,384")] = None
     """Number of latents."""
     activation: Annotated[
-        Literal["topk", "batchtopk", "relu", "jumprelu"] | None, shown("{topk,batchtopk,relu,jumprelu}", "topk")
+        Literal["topk", "batchtopk", "relu", "jumprelu", "gated"] | None,
+        shown("{topk,batchtopk,relu,jumprelu,gated}", "topk"),
     ] = None
     """Activation function."""
     k: Annotated[int | None, shown("K", "32")] = None
     """Active latents per token, for topk and batchtopk."""
     l1: Annotated[float | None, shown("X", "0.1 * sqrt(d_in)")] = None
-    """L1 coefficient, for relu."""
+    """L1 coefficient, for relu and gated."""
     target_l0: Annotated[float | None, shown("X", "32")] = None
     """Mean number of active latents to reach, for jumprelu."""
+    matryoshka: Annotated[tuple[float, ...] | None, shown("WIDTH ...", "none")] = None
+    """Prefixes of the dictionary that reconstruct by themselves: shares of d_sae, or numbers of latents."""
+    multi_topk: Annotated[int | None, shown("K", "none")] = None
+    """Larger k of a second reconstruction, for topk and batchtopk."""
+    pre_act: Annotated[float | None, shown("X", "none")] = None
+    """Coefficient of the pre-activation loss on dead latents, for jumprelu, relu and gated."""
+    ghost: Annotated[float | None, shown("X", "none")] = None
+    """Coefficient of ghost gradients for dead latents, in AuxK's place."""
     lr: Annotated[float | None, shown("X", "2e-4 / sqrt(d_sae / 16384)")] = None
     """Learning rate."""
+    precision: Annotated[Literal["auto", "fp32", "bf16"] | None, shown("{auto,fp32,bf16}", "auto")] = None
+    """Of dense products. The codes are those of fp32 either way, once few latents fire."""
     batch_size: Annotated[int | None, shown("N", "4096")] = None
     """Tokens in an optimiser step."""
     context: Annotated[int | None, shown("N", "128")] = None
@@ -111,14 +122,14 @@ class TrainArgs:
         return from_dict(TrainConfig, settings)
 
     def _sae(self, settings: dict[str, Any]) -> dict[str, Any]:
-        for name in ("d_sae", "lr"):
+        for name in ("d_sae", "lr", "precision"):
             if getattr(self, name) is not None:
                 settings[name] = getattr(self, name)
         if self.activation is not None and settings.get("activation", {}).get("type") != self.activation:
             settings["activation"] = {"type": self.activation}
         kind = settings.get("activation", {"type": "topk"}).get("type")
         for value, flag, kinds in (
-            (self.k, "--k", ("topk", "batchtopk")), (self.l1, "--l1", ("relu",)),
+            (self.k, "--k", ("topk", "batchtopk")), (self.l1, "--l1", ("relu", "gated")),
             (self.target_l0, "--target-l0", ("jumprelu",)),
         ):  # fmt: skip
             if value is not None and kind not in kinds:
@@ -129,6 +140,11 @@ class TrainArgs:
             settings["sparsity"] = {"type": "l1", "coefficient": self.l1}
         if self.target_l0 is not None:
             settings["sparsity"] = {"type": "target_l0", "l0": self.target_l0}
+        for name, key in (
+            ("matryoshka", "prefixes"), ("multi_topk", "k"), ("pre_act", "coefficient"), ("ghost", "coefficient"),
+        ):  # fmt: skip
+            if getattr(self, name) is not None:
+                settings[name] = (settings.get(name) or {}) | {key: getattr(self, name)}
         return settings
 
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from unweave._errors import UnweaveError, nearest
 from unweave.activations import DataConfig, MaskConfig
-from unweave.objectives import L1, AuxK, TargetL0
-from unweave.sae import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from unweave.objectives import L1, AuxK, GhostGradients, Matryoshka, MultiTopK, PreActivation, TargetL0
+from unweave.sae import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,14 @@ class SAEConfig:
 
     Attributes:
         d_sae: Number of latents.
-        activation: `TopK(k)`, `BatchTopK(k)`, `ReLU()` or `JumpReLU()`.
-        sparsity: `L1(...)` or `TargetL0(...)`. None: L1 for ReLU, TargetL0 for JumpReLU, nothing for the TopK family.
+        activation: `TopK(k)`, `BatchTopK(k)`, `ReLU()`, `JumpReLU()` or `Gated()`.
+        sparsity: `L1(...)` or `TargetL0(...)`. None: L1 for ReLU and for Gated, whose gate it acts on; TargetL0 for
+            JumpReLU; nothing for the TopK family.
         auxk: The loss that revives dead latents; `AuxK(coefficient=0)` turns it off.
+        ghost: Ghost gradients for dead latents. They take the place of AuxK at its default.
+        pre_act: Pulls dead latents up to their thresholds (JumpReLU, ReLU, Gated).
+        matryoshka: Prefixes of the dictionary that reconstruct by themselves.
+        multi_topk: A second reconstruction with a larger k (TopK, BatchTopK).
         lr: Learning rate of Adam. None: `2e-4 / sqrt(d_sae / 2**14)` (the width rule of Gao et al.).
         threshold_lr: Learning rate of JumpReLU thresholds, which move by about this much a step.
         betas: Adam's decay rates.
@@ -36,12 +41,19 @@ class SAEConfig:
         unit_norm: Whether decoder rows are kept at norm 1. None: yes, except for ReLU, whose L1 penalty weighs norms.
         b_dec_init: "mean" of the first activations (fewer dead latents) or "zeros".
         dead_after: Tokens without firing after which a latent is dead. None: a tenth of the run, at most 10 million.
+        precision: Of the dense products: "bf16", "fp32", or "auto" for bf16 where the hardware is faster at it. With
+            sparse execution the codes and gradients are fp32's either way; see the page on speed.
+        moments: dtype of Adam's moments of the weights. "bf16" (rounded stochastically) halves their memory.
     """
 
     d_sae: int = 16_384
     activation: Activation = TopK()
     sparsity: L1 | TargetL0 | None = None
     auxk: AuxK = AuxK()
+    ghost: GhostGradients | None = None
+    pre_act: PreActivation | None = None
+    matryoshka: Matryoshka | None = None
+    multi_topk: MultiTopK | None = None
     lr: float | None = None
     threshold_lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
@@ -52,6 +64,8 @@ class SAEConfig:
     unit_norm: bool | None = None
     b_dec_init: Literal["mean", "zeros"] = "mean"
     dead_after: int | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    moments: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         if self.d_sae < 1:
@@ -66,6 +80,7 @@ class SAEConfig:
             raise UnweaveError(f"a target L0 of {self.sparsity.l0} is larger than d_sae={self.d_sae}.")
         if self.unit_norm is False and isinstance(self.activation, TopK | BatchTopK):
             raise UnweaveError("TopK and BatchTopK rank latents against each other, so their decoders need unit_norm.")
+        self._check_objectives()
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise UnweaveError(f"betas are two numbers from 0 to below 1, got {self.betas}.")
         for name in ("warmup", "decay", "sparsity_warmup"):
@@ -76,10 +91,31 @@ class SAEConfig:
             if value is not None and not value > 0:
                 raise UnweaveError(f"{name} must be above 0, got {value}.")
 
+    def _check_objectives(self) -> None:
+        name, ranked = type(self.activation).__name__, isinstance(self.activation, TopK | BatchTopK)
+        if self.matryoshka is not None:
+            self.matryoshka.widths_for(self.d_sae)
+        if self.multi_topk is not None:
+            if not isinstance(self.activation, TopK | BatchTopK):
+                raise UnweaveError(f"Multi-TopK is a second, larger k beside the first, and {name} has none.")
+            self.multi_topk.k_for(self.activation.k, self.d_sae)
+        if self.pre_act is not None and ranked:
+            raise UnweaveError(
+                f"the pre-activation loss compares a latent with a bound of its own, and {name} ranks latents against "
+                "each other: AuxK is what revives them."
+            )
+        if self.ghost is not None:
+            if self.auxk == AuxK():
+                object.__setattr__(self, "auxk", AuxK(coefficient=0))
+            if self.auxk.coefficient > 0:
+                raise UnweaveError(
+                    "ghost gradients and AuxK both reconstruct the residual with dead latents: give one of them."
+                )
+
     @property
     def sparsity_term(self) -> L1 | TargetL0 | None:
         """The sparsity term with the activation function's default filled in."""
-        if self.sparsity is None and isinstance(self.activation, ReLU):
+        if self.sparsity is None and isinstance(self.activation, ReLU | Gated):
             return L1()
         if self.sparsity is None and isinstance(self.activation, JumpReLU):
             return TargetL0()
@@ -94,7 +130,8 @@ class SAEConfig:
         return self.unit_norm if self.unit_norm is not None else not isinstance(self.activation, ReLU)
 
     def __str__(self) -> str:
-        return f"{self.activation}, d_sae {self.d_sae:,}"
+        extras = [o for o in (self.matryoshka, self.multi_topk, self.ghost, self.pre_act) if o is not None]
+        return ", ".join([str(self.activation), f"d_sae {self.d_sae:,}", *map(str, extras)])
 
 
 @dataclass(frozen=True)
@@ -154,7 +191,8 @@ class TrainConfig:
 
 
 _TYPES: dict[str, type[Any]] = {
-    "relu": ReLU, "topk": TopK, "batchtopk": BatchTopK, "jumprelu": JumpReLU, "l1": L1, "target_l0": TargetL0,
+    "relu": ReLU, "topk": TopK, "batchtopk": BatchTopK, "jumprelu": JumpReLU, "gated": Gated, "l1": L1,
+    "target_l0": TargetL0,
 }  # fmt: skip
 _NAMES = {cls: name for name, cls in _TYPES.items()}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from unweave import kernels
 from unweave._errors import UnweaveError
 from unweave.objectives import L1, TargetL0
-from unweave.sae import SAE, BatchTopK, JumpReLU, ReLU, fold_decoder_norms, fold_input_scale
+from unweave.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, fold_decoder_norms, fold_input_scale
 from unweave.sae.files import save_training_form
 from unweave.training.config import SAEConfig, to_dict
 from unweave.training.trainee import Trainee
@@ -31,14 +31,11 @@ def calibrate_threshold(sae: SAE, batches: Iterable[Float[Tensor, "n d_in"]]) ->
     rows = torch.cat([b.to(sae.device, sae.dtype) for b in batches] or [torch.empty(0, sae.d_in)])
     if len(rows) == 0:
         raise UnweaveError("there are no activations to calibrate the threshold on.")
-    budget = sae.activation.k * len(rows)
     centred = rows - sae.b_dec if sae.apply_b_dec_to_input else rows
-    selector = sae.activation.selector(sae.threshold, len(rows))  # training's estimate saves most of the candidates
-    (candidates,) = kernels.encode_select(centred, sae.W_enc, sae.b_enc, [selector])
-    if selector.missed:
-        (candidates,) = kernels.encode_select(centred, sae.W_enc, sae.b_enc, [kernels.BatchTopKCandidates(budget)])
-    chosen = kernels.batch_topk(candidates, budget)
-    lowest = chosen.values.amin() if len(chosen.values) else candidates.values.new_zeros(())
+    # Training's estimate saves most of the candidates.
+    spec = sae.activation.selection(sae.threshold, len(rows))
+    chosen = kernels.encode_select(centred, sae.W_enc, sae.b_enc, spec)
+    lowest = chosen.values.amin() if len(chosen.values) else chosen.values.new_zeros(())
     sae.threshold.copy_(torch.nextafter(lowest, lowest.new_tensor(0.0)))  # inference compares strictly
     return len(rows)
 
@@ -60,6 +57,8 @@ def finished_sae(trainee: Trainee, calibration: list[Float[Tensor, "n d_in"]], m
     fold_decoder_norms(sae)
     if isinstance(sae.activation, BatchTopK):
         sae.metadata["threshold_calibration_tokens"] = calibrate_threshold(sae, calibration)
+    if trainee.widths:
+        sae.metadata["matryoshka_widths"] = list(trainee.widths)
     sae.metadata |= {
         "training": to_dict(trainee.config),
         "training_steps": trainee.step_count,
@@ -81,6 +80,8 @@ def _sae_lens_training_keys(config: SAEConfig, d_in: int) -> dict[str, Any]:
     match config.activation, config.sparsity_term:
         case ReLU(), L1() as l1:
             keys |= {"l1_coefficient": l1.coefficient_for(d_in), "lp_norm": 1.0, "l1_warm_up_steps": 0}
+        case Gated(), L1() as l1:
+            keys |= {"l1_coefficient": l1.coefficient_for(d_in), "l1_warm_up_steps": 0}
         case JumpReLU() as jump, TargetL0(l0, coefficient):
             keys |= {
                 "jumprelu_init_threshold": jump.init_threshold,
@@ -90,6 +91,7 @@ def _sae_lens_training_keys(config: SAEConfig, d_in: int) -> dict[str, Any]:
                 "l0_coefficient": coefficient * d_in / (2 * l0),
                 "target_l0": l0,
                 "l0_warm_up_steps": 0,
+                "pre_act_loss_coefficient": config.pre_act.coefficient if config.pre_act else None,
             }
         case _:
             keys |= {"aux_loss_coefficient": config.auxk.coefficient}

@@ -25,7 +25,7 @@ class Plan:
         step_seconds: Time of one optimiser step of all SAEs.
         kept: Share of the tokens that the masks leave.
         ring_bytes: Memory of the shuffling ring.
-        sae_bytes: Memory of all weights, gradients and moments.
+        sae_bytes: Memory of all weights, gradients, moments and low-precision copies.
     """
 
     tokens: int
@@ -36,7 +36,7 @@ class Plan:
     step_seconds: float
     kept: float
     ring_bytes: int
-    sae_bytes: int
+    sae_bytes: float
 
     @property
     def seconds(self) -> float:
@@ -59,7 +59,7 @@ def plan_run(config: TrainConfig, stream: ActivationStream) -> Plan:
     """Measure a forward pass and a training step of each SAE; the stream is not moved on."""
     cost = stream.measure()
     widths = stream.widths()
-    steps, seconds, parameters = -(-config.tokens // config.batch_size), 0.0, 0
+    steps, seconds, n_bytes = -(-config.tokens // config.batch_size), 0.0, 0.0
     for width in widths.values():
         sample = torch.randn(config.batch_size, width, device=stream.device)
         for sae in config.saes:
@@ -68,7 +68,9 @@ def plan_run(config: TrainConfig, stream: ActivationStream) -> Plan:
             started = time.perf_counter()
             trainee.step(sample).loss.item()
             seconds += time.perf_counter() - started
-            parameters += sum(p.numel() for p in trainee.sae.parameters())
+            # Weights, gradients and moments; the encoder's rows in bf16 and int8 are 3 bytes for half of the weights.
+            per_parameter = 9.5 + (4 if sae.moments == "bf16" else 8)
+            n_bytes += per_parameter * sum(p.numel() for p in trainee.sae.parameters())
     return Plan(
         tokens=config.tokens,
         steps=steps,
@@ -78,7 +80,7 @@ def plan_run(config: TrainConfig, stream: ActivationStream) -> Plan:
         step_seconds=seconds,
         kept=cost.kept,
         ring_bytes=config.ring_size * sum(cost.bytes_per_token.values()),
-        sae_bytes=16 * parameters,
+        sae_bytes=n_bytes,
     )
 
 

@@ -6,18 +6,36 @@ arguments of the step they act on, and everything that a later step depends on i
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from unweave import kernels
 from unweave._errors import UnweaveError
-from unweave.objectives import L1, TargetL0, auxk_loss, l1_penalty, squared_error, target_l0_penalty
+from unweave.objectives import (
+    L1,
+    TargetL0,
+    auxk_loss,
+    dead_latents_loss,
+    gate_error,
+    l1_penalty,
+    matryoshka_error,
+    multi_topk_error,
+    open_gate,
+    squared_error,
+    target_l0_penalty,
+)
 from unweave.objectives.penalties import decoder_norms
-from unweave.sae import SAE, BatchTopK, ops
+from unweave.sae import SAE, BatchTopK, Gated, TopK, ops
 from unweave.training.config import SAEConfig
+from unweave.training.dense import squared_norm
+from unweave.training.fused import Fused, supports
+from unweave.training.optimizer import Adam
 from unweave.training.schedules import learning_rate_factor, warmup_factor
+from unweave.training.step import Step
 
 MAX_DEAD_AFTER = 10_000_000
 _EMA = 0.99
@@ -68,12 +86,29 @@ class Trainee:
         self.dead_after = config.dead_after or min(MAX_DEAD_AFTER, max(tokens // 10, 1))
         self.tokens_since_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=sample.device)
         self.k_aux = config.auxk.k_for(d_in) if config.auxk.coefficient > 0 else 0
+        self.widths = config.matryoshka.widths_for(config.d_sae) if config.matryoshka else ()
+        self.k_multi = 0
+        if config.multi_topk and isinstance(config.activation, TopK | BatchTopK):
+            self.k_multi = config.multi_topk.k_for(config.activation.k, config.d_sae)
 
-        weights = [p for n, p in self.sae.named_parameters() if n != "threshold"]
-        groups: list[dict[str, Any]] = [{"params": weights, "base_lr": config.learning_rate}]
-        if "threshold" in dict(self.sae.named_parameters()):
-            groups.append({"params": [self.sae.threshold], "base_lr": config.threshold_lr})
-        self.optimizer = torch.optim.Adam(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+        parameters = dict(self.sae.named_parameters())
+        self.rates = {n: config.threshold_lr if n == "threshold" else config.learning_rate for n in parameters}
+        moments = torch.bfloat16 if config.moments == "bf16" else torch.float32
+        self.optimizer = Adam(parameters, config.betas, moments)
+        # A subclass with a loss of its own goes through autograd.
+        fuses = type(self).loss is Trainee.loss and supports(config, self.sae)
+        self.fused = Fused(self.sae, config, self.widths, self.k_aux) if fuses else None
+        self._screen: kernels.Screen | None = None
+        self._screen_of = (0, 0)
+        self.lr = config.learning_rate
+        """Learning rate of the last step."""
+        match config.sparsity_term:
+            case L1() as l1:
+                self.penalty = l1.coefficient_for(d_in)
+            case TargetL0(_, coefficient):
+                self.penalty = coefficient * d_in
+            case None:
+                self.penalty = 0.0
 
     @property
     def dead(self) -> Tensor:
@@ -84,84 +119,130 @@ class Trainee:
         """Loss, reconstruction and codes of a batch at the scale of training."""
         config, sae = self.config, self.sae
         dead = self.dead
-        n_dead = int(dead.sum()) if self.k_aux else 0
-        pre, codes, aux = sae.training_codes(x, dead if n_dead else None, self.k_aux)
-        x_hat = ops.decode(codes, sae.W_dec) + sae.b_dec
-        loss = squared_error(x_hat, x)
+        n_dead = int(dead.sum()) if self.k_aux or config.ghost or config.pre_act else 0
+        pre, codes, aux, extra = sae.training_codes(x, dead if n_dead else None, self.k_aux, self.k_multi)
+        if self.widths:
+            loss, x_hat = matryoshka_error(codes, sae.W_dec, sae.b_dec, x, self.widths)
+        else:
+            x_hat = ops.decode(codes, sae.W_dec) + sae.b_dec
+            loss = squared_error(x_hat, x)
+        penalised = codes
+        if isinstance(config.activation, Gated):
+            penalised = open_gate(pre)
+            loss = loss + gate_error(penalised, sae.W_dec, sae.b_dec, x)
+        if config.multi_topk and extra is not None:
+            loss = loss + config.multi_topk.coefficient * multi_topk_error(extra, sae.W_dec, x_hat, x)
         match config.sparsity_term:
-            case L1() as l1:
-                coefficient = sparsity_scale * l1.coefficient_for(sae.d_in)
-                loss = loss + coefficient * l1_penalty(codes, decoder_norms(sae.W_dec))
-            case TargetL0(l0, coefficient):
+            case L1():
+                loss = loss + sparsity_scale * self.penalty * l1_penalty(penalised, decoder_norms(sae.W_dec))
+            case TargetL0(l0):
                 penalty = target_l0_penalty(pre, sae.threshold, sae.activation, l0)  # type: ignore[arg-type]
-                loss = loss + sparsity_scale * coefficient * sae.d_in * penalty
+                loss = loss + sparsity_scale * self.penalty * penalty
         if aux is not None:
             loss = loss + config.auxk.coefficient * auxk_loss(aux, sae.W_dec, x - x_hat, n_dead, self.k_aux)
+        if n_dead and (config.ghost or config.pre_act):
+            latents = dead.nonzero().flatten()
+            loss = loss + dead_latents_loss(sae, latents, x, x - x_hat, config.pre_act, config.ghost)
         return loss, x_hat, codes
+
+    def _autograd(self, x: Float[Tensor, "n d_in"], sparsity_scale: float) -> Step:
+        """Loss and gradients of any objective."""
+        sae, parameters = self.sae, self.optimizer.parameters
+        loss, x_hat, codes = self.loss(x, sparsity_scale)
+        loss.backward()
+        with torch.no_grad():
+            if self.config.decoder_is_unit:
+                _remove_parallel_part(sae.W_dec)
+            # A parameter that this batch does not reach (a penalty warming up from 0) has none.
+            grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
+            for parameter in parameters.values():
+                parameter.grad = None
+            squares = torch.stack([g.double().square().sum() for g in grads.values()]).sum()
+            smallest = None
+            if isinstance(self.config.activation, BatchTopK):
+                positive = codes.values[codes.values > 0]
+                smallest = positive.min() if len(positive) else None
+            error = squared_norm(x_hat.detach() - x)
+            return Step(
+                loss.detach(), error, codes.l0().sum(), codes.firing_counts() > 0, smallest, dict(grads), squares
+            )
 
     def step(self, x: Float[Tensor, "n d_in"]) -> StepSums:
         """Take one optimiser step on raw activations."""
         config, sae = self.config, self.sae
+        if len(x) == 0:
+            raise UnweaveError("a training step needs at least one token, and the batch is empty.")
         x = x.detach().to(sae.dtype) * self.scale
-        loss, x_hat, codes = self.loss(x, warmup_factor(self.step_count, self.steps, config.sparsity_warmup))
-        loss.backward()
-        if config.decoder_is_unit:
-            _remove_parallel_part(sae.W_dec)
-        max_norm = config.grad_clip * sae.d_in if config.grad_clip else float("inf")
-        grad_norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), max_norm)
+        sparsity_scale = warmup_factor(self.step_count, self.steps, config.sparsity_warmup)
+        made = None
+        if self.fused is not None:
+            with suppress(kernels.TooDense):
+                made = self.fused(x, self.dead, sparsity_scale * self.penalty, self._current_screen())
+        if made is None:
+            made = self._autograd(x, sparsity_scale)
+        grad_norm = made.squares.sqrt().to(torch.float32)
+        if not grad_norm.isfinite():
+            raise UnweaveError(f"the gradient of step {self.step_count} is NaN or infinite: try a lower learning rate.")
+        clip = 1.0
+        if config.grad_clip:
+            clip = min(1.0, config.grad_clip * sae.d_in / (float(grad_norm) + 1e-6))
         factor = learning_rate_factor(self.step_count, self.steps, config.warmup, config.decay)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.lr = config.learning_rate * factor
+        self._screen = self.optimizer.step(
+            made.grads,
+            {name: rate * factor for name, rate in self.rates.items()},
+            grad_scale=clip,
+            unit="W_dec" if config.decoder_is_unit else None,
+            screen=None if self.fused is None else ("W_enc", config.precision),
+            instead_of=self._screen,
+        )
+        self._screen_of = self._state_of_encoder()
         with torch.no_grad():
-            if config.decoder_is_unit:
-                sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
             if isinstance(sae.threshold, torch.nn.Parameter):
                 sae.threshold.clamp_(min=0)
-            self._track(codes, len(x))
+            self._track(made, len(x))
         self.step_count += 1
         n = torch.tensor(float(len(x)), device=x.device)
-        error, variance = (x_hat.detach() - x).square().sum(), (x - x.mean(0)).square().sum()
-        return StepSums(n, error, variance, codes.l0().sum(), loss.detach() * n, grad_norm.detach() * n)
+        variance = squared_norm(torch.sub(x, x.mean(0), out=x))  # x is not used again
+        return StepSums(n, made.squared_error, variance, made.l0, made.loss * n, grad_norm * n)
 
-    def _track(self, codes: Any, n: int) -> None:
+    def _state_of_encoder(self) -> tuple[int, int]:
+        return self.sae.W_enc._version, self.sae.W_enc.data_ptr()
+
+    def _current_screen(self) -> kernels.Screen | None:
+        """What the last update made for this step, unless the encoder was changed in between."""
+        return self._screen if self._screen_of == self._state_of_encoder() else None
+
+    def _track(self, made: Step, n: int) -> None:
         """Count the tokens since each latent fired; estimate BatchTopK's inference threshold (bias-corrected mean)."""
         self.tokens_since_fired += n
-        self.tokens_since_fired[codes.firing_counts() > 0] = 0
-        if isinstance(self.config.activation, BatchTopK):
-            positive = codes.values[codes.values > 0]
-            if len(positive):
-                threshold, t = self.sae.threshold, self.step_count
-                assert threshold is not None
-                before = torch.where(threshold.isnan(), 0.0, threshold) * (1 - _EMA**t)
-                threshold.copy_((_EMA * before + (1 - _EMA) * positive.amin()) / (1 - _EMA ** (t + 1)))
+        self.tokens_since_fired[made.fired] = 0
+        if isinstance(self.config.activation, BatchTopK) and made.smallest is not None:
+            threshold, t = self.sae.threshold, self.step_count
+            assert threshold is not None
+            before = torch.where(threshold.isnan(), 0.0, threshold) * (1 - _EMA**t)
+            threshold.copy_((_EMA * before + (1 - _EMA) * made.smallest) / (1 - _EMA ** (t + 1)))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, by parameter name."""
-        names: dict[Tensor, str] = {p: n for n, p in self.sae.named_parameters()}
         return {
             "sae": dict(self.sae.state_dict()),
-            "optimizer": {names[p]: dict(s) for p, s in self.optimizer.state.items()},
+            "optimizer": self.optimizer.state_dict(),
             "tokens_since_fired": self.tokens_since_fired,
             "scale": self.scale,
             "step_count": self.step_count,
+            "dense": self.fused is not None and self.fused.dense,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         self.sae.load_state_dict(state["sae"])
-        for name, parameter in self.sae.named_parameters():
-            if name in state["optimizer"]:
-                # Moments take their parameter's memory layout, which the fused update walks linearly.
-                self.optimizer.state[parameter] = {
-                    k: torch.empty_like(parameter).copy_(v)
-                    if v.shape == parameter.shape
-                    else v.to(parameter.device, copy=True)
-                    for k, v in state["optimizer"][name].items()
-                }
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
         self.scale, self.step_count = state["scale"], state["step_count"]
+        self.optimizer.load_state_dict(state["optimizer"], self.step_count)
+        self._screen = None  # of the weights before
+        if self.fused is not None:
+            self.fused.dense = bool(state.get("dense"))
 
 
 @torch.no_grad()

@@ -158,7 +158,7 @@ def _row(run: Run, hook: str, i: int, sums: StepSums, rate: float) -> dict[str, 
         "explained_variance": 1 - error / variance if variance > 0 else None,
         "l0": l0,
         "dead": trainee.dead.float().mean().item(),
-        "lr": trainee.optimizer.param_groups[0]["lr"],
+        "lr": trainee.lr,
         "grad_norm": grad_norm,
         "tokens_per_second": rate,
     }

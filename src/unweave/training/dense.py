@@ -1,0 +1,157 @@
+"""Dense execution: for the first steps of ReLU and JumpReLU, when half the latents fire, and for AuxK's dead latents.
+
+Chunks of rows go through dense products of the chosen precision, so that no `(batch, d_sae)` tensor exists. In bf16
+the products round to 8 bits: gradients are bf16's, unlike those of sparse execution.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from unweave._errors import UnweaveError
+from unweave.kernels import cpu
+from unweave.kernels.scratch import scratch
+from unweave.objectives import L1, TargetL0
+from unweave.sae import SAE, JumpReLU
+from unweave.training.config import SAEConfig
+from unweave.training.optimizer import RowGrad
+from unweave.training.step import Step
+
+CHUNK_ROWS = 768
+
+
+class Aux(NamedTuple):
+    """AuxK's loss, coefficient included, and its gradients for the dead latents."""
+
+    loss: Float[Tensor, ""]
+    latents: Int64[Tensor, " c"]
+    W_dec: Float[Tensor, "c d_in"]
+    W_enc: Float[Tensor, "c d_in"]
+    b_enc: Float[Tensor, " c"]
+
+
+def squared_norm(x: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+    """The sum of squares, row by row and then over the rows, so that it does not depend on the number of threads."""
+    return torch.linalg.vecdot(x, x).sum()
+
+
+def auxk_gradients(
+    sae: SAE, coefficient: float, residual: Float[Tensor, "n d_in"], centred: Float[Tensor, "n d_in"],
+    latents: Int64[Tensor, " c"], k: int, low: bool,
+) -> Aux:  # fmt: skip
+    """The dead latents' own problem: a dense one on a few columns. See `unweave.objectives.auxk_loss`.
+
+    Args:
+        sae: The SAE.
+        coefficient: Of the loss.
+        residual: What the main codes leave over.
+        centred: Inputs of the encoder.
+        latents: The dead ones.
+        k: How many a token uses.
+        low: Whether products are made in bf16.
+    """
+    dtype, d, c = torch.bfloat16 if low else torch.float32, residual.shape[1], len(latents)
+    W_dec, W_enc = sae.W_dec.detach()[latents].to(dtype), sae.W_enc.detach().T[latents].to(dtype)
+    bias = sae.b_enc.detach()[latents].to(dtype)
+    spread = squared_norm(residual - cpu.sum_rows(residual) / len(residual))
+    weight = coefficient * d * min(1.0, c / k) / spread if spread > 0 else residual.new_zeros(())
+    loss = residual.new_zeros(())
+    grads = residual.new_zeros(c, d), residual.new_zeros(c, d), residual.new_zeros(c)
+    rows = max(CHUNK_ROWS, min(len(residual), 2**22 // max(c, 1)))
+    for e, x in zip(residual.split(rows), centred.split(rows), strict=True):
+        x = x.to(dtype)
+        codes = torch.addmm(bias, x, W_enc.T)
+        if k < c:
+            cpu.keep_largest_(codes, k)
+        else:
+            codes.relu_()
+        error = (codes @ W_dec).float().sub_(e)
+        loss = loss + weight * squared_norm(error)
+        out = error.mul_(2 * weight).to(dtype)
+        back = torch.ops.aten.threshold_backward(out @ W_dec.T, codes, 0)
+        grads[0].add_(codes.T @ out)
+        grads[1].add_(back.T @ x)
+        grads[2].add_(cpu.sum_rows(back.float()))
+    return Aux(loss, latents, *grads)
+
+
+def dense_gradients(
+    sae: SAE, config: SAEConfig, x: Float[Tensor, "n d_in"], centred: Float[Tensor, "n d_in"],
+    latents: Int64[Tensor, " c"], k_aux: int, penalty: float, low: bool,
+) -> tuple[Step, float]:  # fmt: skip
+    """A step of a ReLU or JumpReLU SAE by dense products, and the density of its codes.
+
+    Args:
+        sae: The SAE.
+        config: How it is trained.
+        x: Inputs.
+        centred: Inputs of the encoder.
+        latents: Dead latents.
+        k_aux: How many of them a token uses.
+        penalty: Coefficient of the sparsity term.
+        low: Whether products are made in bf16.
+    """
+    dtype, (n, d), m = torch.bfloat16 if low else torch.float32, x.shape, sae.d_sae
+    rows_dec, rows_enc = sae.W_dec.detach(), sae.W_enc.detach().T
+    W_dec, W_enc, bias = rows_dec.to(dtype), rows_enc.to(dtype), sae.b_enc.detach().to(dtype)
+    jump = config.activation if isinstance(config.activation, JumpReLU) else None
+    theta = x.new_zeros(m) if sae.threshold is None else sae.threshold.detach()
+    norms = rows_dec.norm(dim=1) if isinstance(config.sparsity_term, L1) else None
+    add = x.new_zeros(m) if norms is None else penalty / n * norms
+
+    g_dec, g_enc = scratch("gradient of W_dec", (m, d)).zero_(), scratch("gradient of W_enc", (m, d)).zero_()
+    g_bias, out_sum = x.new_zeros(m), x.new_zeros(d)
+    sums, active, towards, windows = x.new_zeros(m), x.new_zeros(m), x.new_zeros(m), x.new_zeros(m)
+    residual = scratch("residual", x.shape) if len(latents) else None
+    chunk = max(16, min(CHUNK_ROWS, 2**24 // m))
+    squared_error = x.new_zeros((), dtype=torch.float64)
+    buffers = [scratch(name, (min(chunk, n), m), dtype) for name in ("products", "codes", "back")]
+    products = scratch("weight products", (m, d), dtype)
+    for start in range(0, n, chunk):
+        rows = slice(start, start + chunk)
+        inputs = centred[rows].to(dtype)
+        pre, codes, back = (b[: len(inputs)] for b in buffers)
+        torch.addmm(bias, inputs, W_enc.T, out=pre)
+        if not pre.sum(dtype=torch.float32).isfinite() and not pre.isfinite().all():
+            bad = int((~pre.isfinite()).any(1).nonzero()[0])
+            raise UnweaveError(f"training step: pre-activations of row {start + bad} are NaN or infinite.")
+        cpu.dense_codes(pre, theta, codes, active, sums)
+        error = (codes @ W_dec).float().add_(sae.b_dec.detach()).sub_(x[rows])
+        squared_error += squared_norm(error)
+        if residual is not None:
+            residual[rows] = -error
+        out = error.mul_(2 / n)
+        out_sum += cpu.sum_rows(out)
+        out = out.to(dtype)
+        torch.mm(out, W_dec.T, out=back)
+        cpu.dense_back(back, pre, theta, add, jump.bandwidth / 2 if jump else 0.0, g_bias, windows, towards)
+        g_dec += torch.mm(codes.T, out, out=products)
+        g_enc += torch.mm(back.T, inputs, out=products)
+
+    loss, l0 = (squared_error / n).float(), active.sum()
+    if norms is not None:
+        loss = loss + penalty / n * (sums * norms).sum()
+        g_dec.addcmul_((penalty / n * sums / norms.clamp(min=torch.finfo(norms.dtype).tiny))[:, None], rows_dec)
+    if isinstance(config.sparsity_term, TargetL0):
+        off = l0 / n / config.sparsity_term.l0 - 1
+        loss = loss + penalty * off.square()
+        towards -= penalty * 2 * off / (config.sparsity_term.l0 * n) * windows
+    if residual is not None:
+        aux = auxk_gradients(sae, config.auxk.coefficient, residual, centred, latents, k_aux, low)
+        loss = loss + aux.loss
+        g_dec[latents] += aux.W_dec
+        g_enc[latents] += aux.W_enc
+        g_bias[latents] += aux.b_enc
+    if config.decoder_is_unit:
+        g_dec.addcmul_(torch.linalg.vecdot(g_dec, rows_dec)[:, None], rows_dec, value=-1)
+    grads: dict[str, Tensor | RowGrad] = {
+        "W_dec": g_dec, "W_enc": g_enc.T, "b_enc": g_bias, "b_dec": out_sum - cpu.sum_rows(rows_enc, g_bias),
+    }  # fmt: skip
+    if jump is not None:
+        grads["threshold"] = towards
+    squares = torch.stack([g.double().square().sum() for g in grads.values() if isinstance(g, Tensor)]).sum()
+    return Step(loss, squared_error, l0, active > 0, None, grads, squares), l0.item() / (n * m)

@@ -1,0 +1,231 @@
+"""One step of a squared-error objective with the usual penalties, fused: loss and gradients without autograd.
+
+The same numbers as `Trainee.loss` and its backward pass, in fewer passes over memory: decode, residual, loss and the
+codes' gradients row by row; both weight gradients latent by latent, with what penalties and projections add to them.
+Runs where the compiled kernels do; everything else goes through autograd.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from unweave import kernels
+from unweave.kernels import cpu
+from unweave.kernels.dispatch import backend
+from unweave.kernels.scratch import scratch
+from unweave.objectives import L1, TargetL0
+from unweave.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from unweave.training.config import SAEConfig
+from unweave.training.dense import Aux, auxk_gradients, dense_gradients
+from unweave.training.optimizer import RowGrad
+from unweave.training.step import Step
+
+SPARSE_BELOW, DENSE_ABOVE = 0.04, 0.06
+"""Densities at which execution changes from dense to sparse and back; between them it stays as it is."""
+
+
+def supports(config: SAEConfig, sae: SAE) -> bool:
+    """Whether a configuration can take the fused step."""
+    plain = type(config.activation) in (ReLU, TopK, BatchTopK, JumpReLU, Gated)  # a subclass has its own formula
+    others = config.multi_topk or config.ghost or config.pre_act
+    return plain and not others and backend("training step", sae.W_dec, sae.b_dec) == "cpu"
+
+
+@dataclass
+class Fused:
+    """The fused step of one SAE, and what it remembers between steps.
+
+    Args:
+        sae: The SAE.
+        config: How it is trained.
+        widths: Matryoshka prefixes, the last `d_sae`; empty for none.
+        k_aux: Dead latents used on each token; 0 for no AuxK.
+    """
+
+    sae: SAE
+    config: SAEConfig
+    widths: tuple[int, ...] = ()
+    k_aux: int = 0
+    dense: bool = False
+    """Whether the last step was dense enough for dense products."""
+    bound: float | None = None
+    """Smallest winner of the last batch (BatchTopK)."""
+
+    def __call__(
+        self, x: Float[Tensor, "n d_in"], dead: Bool[Tensor, " d_sae"], penalty: float, screen: kernels.Screen | None
+    ) -> Step:
+        """Loss and gradients of a batch; the gradients' memory is used again by the next step of any SAE.
+
+        Args:
+            x: Inputs at the scale of training.
+            dead: Latents that AuxK revives.
+            penalty: Coefficient of the sparsity term, its schedule included.
+            screen: Of the encoder as it is now; None: it is made.
+
+        Raises:
+            TooDense: If a gate is open so often that dense products are faster.
+        """
+        low = kernels.low(self.config.precision, "cpu")
+        centred = torch.sub(x, self.sae.b_dec.detach(), out=scratch("centred", x.shape))
+        latents = dead.nonzero().flatten() if self.k_aux else dead.new_empty(0, dtype=torch.int64)
+        # The precision is the configuration's, whatever surrounds the step.
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            if not self.dense:
+                try:
+                    return self._sparse(x, centred, latents, penalty, screen, low)
+                except kernels.TooDense:
+                    if isinstance(self.config.activation, Gated):
+                        raise  # its dense form is autograd's
+            step, density = dense_gradients(self.sae, self.config, x, centred, latents, self.k_aux, penalty, low)
+        self.dense = density > SPARSE_BELOW
+        return step
+
+    def _select(self, centred: Tensor, screen: kernels.Screen | None) -> kernels.Selection:
+        sae, config = self.sae, self.config
+        spec = config.activation.selection(sae.threshold, len(centred))
+        if isinstance(spec, kernels.LargestOfBatch):
+            spec = kernels.LargestOfBatch(spec.budget, spec.hint if self.bound is None else 0.97 * self.bound)
+        # Matryoshka stays sparse: each of its prefixes would take dense products of its own.
+        switches = isinstance(spec, kernels.Above) and not self.widths
+        found = kernels.encode_select(
+            centred, sae.W_enc, sae.b_enc, spec, precision=config.precision, screen=screen,
+            max_density=DENSE_ABOVE if switches else 1.0,
+        )  # fmt: skip
+        if isinstance(spec, kernels.LargestOfBatch):
+            self.bound = found.values.min().item() if len(found.values) == spec.budget else None
+        return found
+
+    def _sparse(
+        self, x: Tensor, centred: Tensor, latents: Tensor, penalty: float, screen: kernels.Screen | None, low: bool
+    ) -> Step:
+        sae, config, (n, d), m = self.sae, self.config, x.shape, self.sae.d_sae
+        W_dec, b_dec = sae.W_dec.detach(), sae.b_dec.detach()
+        counts, indices, pre = self._select(centred, screen)
+        theta = None
+        if isinstance(config.activation, JumpReLU):
+            theta = sae.threshold.detach()[indices]  # type: ignore[union-attr]
+        magnitudes = pre
+        if isinstance(config.activation, Gated):
+            gain = sae.r_mag.detach().exp()  # type: ignore[union-attr]
+            magnitudes = pre * gain[indices] + (sae.b_mag.detach() - gain * sae.b_enc.detach())[indices]  # type: ignore[union-attr]
+        active = magnitudes > (0.0 if theta is None else theta)
+        codes = magnitudes * active
+
+        groups = len(self.widths) or 1
+        offsets = pad((counts if groups == 1 else _counts_by_group(indices, counts, self.widths)).cumsum(0), (1, 0))
+        scales = x.new_full((groups,), 2 / (n * groups))
+        residual = scratch("residual", x.shape) if len(latents) else None
+        # The output's gradient takes the memory of the products, which selection is done with.
+        errors, grad, code_grad = cpu.squared_error_rows(
+            indices, codes, offsets, scales, W_dec, b_dec, x, residual, scratch("products", (n * groups, d))
+        )
+        loss, l0 = errors.sum() / (n * groups), active.sum()
+
+        own: dict[str, Tensor] = {}  # gradients of the activation function's parameters
+        gate_grad = along = None
+        penalised, penalised_grad = codes, code_grad
+        if isinstance(config.activation, Gated):
+            # The gate reconstructs by itself, with the decoder frozen.
+            rows = pad(counts.cumsum(0), (1, 0))
+            scale, room = x.new_full((1,), 2 / n), scratch("gate", x.shape)
+            gate = cpu.squared_error_rows(indices, pre, rows, scale, W_dec, b_dec, x, None, room)
+            loss = loss + gate.errors[:, -1].sum() / n
+            through = code_grad * active
+            own["b_mag"] = _by_latent(indices, through, m)
+            through *= gain[indices]
+            own["r_mag"] = _by_latent(indices, through * (pre - sae.b_enc.detach()[indices]), m)
+            penalised, penalised_grad = pre, gate.code_grad
+            gate_grad = penalised_grad
+        if isinstance(config.sparsity_term, L1):
+            norms, sums = W_dec.norm(dim=1), _by_latent(indices, penalised, m)
+            loss = loss + penalty / n * (sums * norms).sum()
+            penalised_grad += penalty / n * norms[indices]
+            along = penalty / n * sums / norms.clamp(min=torch.finfo(norms.dtype).tiny)
+        if isinstance(config.activation, JumpReLU):
+            assert theta is not None
+            towards = -code_grad * theta
+            if isinstance(config.sparsity_term, TargetL0):
+                target = config.sparsity_term.l0
+                off = l0 / n / target - 1
+                loss = loss + penalty * off.square()
+                towards -= penalty * 2 * off / (target * n)
+            window = ((pre - theta).abs() < config.activation.bandwidth / 2) / config.activation.bandwidth
+            own["threshold"] = _by_latent(indices, towards * window, m)
+
+        aux = None
+        if residual is not None:
+            aux = auxk_gradients(sae, config.auxk.coefficient, residual, centred, latents, self.k_aux, low)
+            loss = loss + aux.loss
+        pre_grad = code_grad * active if gate_grad is None else through + gate_grad
+        grads, squares = self._weight_gradients(indices, offsets, codes, pre_grad, grad, centred, aux, along)
+        sums_of_pre = _by_latent(indices, pre_grad, m)
+        # A gate's bias is taken out of the magnitudes again.
+        b_enc_grad = sums_of_pre.clone() if gate_grad is None else _by_latent(indices, gate_grad, m)
+        if aux is not None:
+            sums_of_pre[latents] += aux.b_enc
+            b_enc_grad[latents] += aux.b_enc
+        grads["b_enc"] = b_enc_grad
+        grads["b_dec"] = cpu.sum_rows(grad.view(n, groups, d)[:, 0]) - cpu.sum_rows(sae.W_enc.detach().T, sums_of_pre)
+        grads |= own
+        squares = squares + sum(g.double().square().sum() for g in grads.values() if isinstance(g, Tensor))
+        fired = active.new_zeros(m)
+        fired[indices[active]] = True
+        smallest = None
+        if isinstance(config.activation, BatchTopK):
+            smallest = codes[active].min() if bool(active.any()) else None
+        return Step(loss, errors[:, -1].sum(), l0, fired, smallest, grads, squares)
+
+    def _weight_gradients(
+        self, indices: Tensor, offsets: Tensor, codes: Tensor, pre_grad: Tensor, grad: Tensor, centred: Tensor,
+        aux: Aux | None, along: Tensor | None,
+    ) -> tuple[dict[str, Tensor | RowGrad], Tensor]:  # fmt: skip
+        """Gradients of W_dec and W_enc, of the latents that have one, and the sum of their squares."""
+        m, d = self.sae.W_dec.shape
+        by_latent = kernels.transpose(indices, offsets, m)
+        touched = by_latent.offsets.diff() > 0
+        if aux is not None:
+            touched[aux.latents] = True
+        latents = slot = start_dec = start_enc = None
+        if int(touched.sum()) < m // 2:  # a wide dictionary and few tokens: no memory for the others' zeros
+            latents = touched.nonzero().flatten()
+            slot = _slots(latents, m)
+            out = centred.new_empty(len(latents), d), centred.new_empty(len(latents), d)
+        else:
+            out = scratch("gradient of W_dec", (m, d)), scratch("gradient of W_enc", (m, d))
+        if aux is not None:
+            slot_aux = _slots(aux.latents, m)
+            start_dec, start_enc = (aux.W_dec, slot_aux), (aux.W_enc, slot_aux)
+        squares = centred.new_empty(2, len(out[0]))
+        cpu.scatter_outer(
+            by_latent, codes, grad, latents=latents, start=start_dec,
+            weight=self.sae.W_dec.detach(), along=along, project=self.config.decoder_is_unit, out=out[0],
+            squares=squares[0],
+        )  # fmt: skip
+        cpu.scatter_outer(
+            by_latent, pre_grad, centred, latents=latents, rows_per_x=len(self.widths) or 1,
+            start=start_enc, out=out[1], squares=squares[1],
+        )  # fmt: skip
+        return {"W_dec": RowGrad(out[0], slot), "W_enc": RowGrad(out[1], slot)}, cpu.total(squares)
+
+
+def _by_latent(indices: Tensor, per_entry: Tensor, m: int) -> Tensor:
+    """The sum over each latent's entries, in their order."""
+    return torch.bincount(indices, weights=per_entry, minlength=m).to(per_entry.dtype)
+
+
+def _slots(latents: Tensor, m: int) -> Tensor:
+    slot = latents.new_full((m,), -1)
+    slot[latents] = torch.arange(len(latents), device=latents.device)
+    return slot
+
+
+def _counts_by_group(indices: Tensor, counts: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """How many entries each row has in each block of latents, `(n * groups,)`."""
+    rows = torch.repeat_interleave(torch.arange(len(counts)), counts, output_size=len(indices))
+    group = torch.bucketize(indices, indices.new_tensor(widths), right=True)
+    return torch.bincount(rows * len(widths) + group, minlength=len(counts) * len(widths))
