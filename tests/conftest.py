@@ -16,6 +16,7 @@ import pytest
 _cache = tempfile.mkdtemp(prefix="unweave-tests-")
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # tests that use more threads than there are cores
 os.environ |= {"HF_HOME": _cache, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 SLOW_TIMEOUT = 900

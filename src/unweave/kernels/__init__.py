@@ -12,6 +12,7 @@ The encoder product is the only dense one. Nothing here knows what an SAE is. `d
 from unweave.kernels.adam import adam_rows
 from unweave.kernels.encode import TooDense, encode_select
 from unweave.kernels.ops import gather_sum, scatter_outer, sddmm, transpose
+from unweave.kernels.ordered import ordered_sum, squared_norm
 from unweave.kernels.reference import Transposed
 from unweave.kernels.screen import Precision, Screen, low
 from unweave.kernels.select import Above, Largest, LargestOfBatch, LargestOfGroups, Selection, Spec
@@ -31,7 +32,9 @@ __all__ = [
     "encode_select",
     "gather_sum",
     "low",
+    "ordered_sum",
     "scatter_outer",
     "sddmm",
+    "squared_norm",
     "transpose",
 ]

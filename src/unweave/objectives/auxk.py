@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unweave._errors import UnweaveError
+from unweave.kernels import squared_norm
 from unweave.sae import ops
 from unweave.sae.codes import SparseCodes
 
@@ -51,6 +52,6 @@ def auxk_loss(
     """
     e = residual.detach()
     e_hat = ops.decode(aux.with_values(aux.values.relu()), W_dec)
-    spread = (e - e.mean(0)).square().sum()
+    spread = squared_norm(e - e.mean(0))
     weight = torch.where(spread > 0, 1 / spread, 0.0)  # a division inside the graph would make 0 * inf of it
-    return e.shape[1] * (e_hat - e).square().sum() * weight * min(1.0, float(n_dead) / k)
+    return e.shape[1] * squared_norm(e_hat - e) * weight * min(1.0, float(n_dead) / k)

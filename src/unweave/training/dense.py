@@ -12,13 +12,14 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from unweave import kernels
 from unweave._errors import UnweaveError
 from unweave.kernels import cpu
 from unweave.kernels.scratch import scratch
 from unweave.objectives import L1, TargetL0
 from unweave.sae import SAE, JumpReLU
 from unweave.training.config import SAEConfig
-from unweave.training.optimizer import RowGrad
+from unweave.training.optimizer import RowGrad, squares_of
 from unweave.training.step import Step
 
 CHUNK_ROWS = 768
@@ -32,11 +33,6 @@ class Aux(NamedTuple):
     W_dec: Float[Tensor, "c d_in"]
     W_enc: Float[Tensor, "c d_in"]
     b_enc: Float[Tensor, " c"]
-
-
-def squared_norm(x: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
-    """The sum of squares, row by row and then over the rows, so that it does not depend on the number of threads."""
-    return torch.linalg.vecdot(x, x).sum()
 
 
 def auxk_gradients(
@@ -57,7 +53,7 @@ def auxk_gradients(
     dtype, d, c = torch.bfloat16 if low else torch.float32, residual.shape[1], len(latents)
     W_dec, W_enc = sae.W_dec.detach()[latents].to(dtype), sae.W_enc.detach().T[latents].to(dtype)
     bias = sae.b_enc.detach()[latents].to(dtype)
-    spread = squared_norm(residual - cpu.sum_rows(residual) / len(residual))
+    spread = kernels.squared_norm(residual - cpu.sum_rows(residual) / len(residual))
     weight = coefficient * d * min(1.0, c / k) / spread if spread > 0 else residual.new_zeros(())
     loss = residual.new_zeros(())
     grads = residual.new_zeros(c, d), residual.new_zeros(c, d), residual.new_zeros(c)
@@ -70,7 +66,7 @@ def auxk_gradients(
         else:
             codes.relu_()
         error = (codes @ W_dec).float().sub_(e)
-        loss = loss + weight * squared_norm(error)
+        loss = loss + weight * kernels.squared_norm(error)
         out = error.mul_(2 * weight).to(dtype)
         back = torch.ops.aten.threshold_backward(out @ W_dec.T, codes, 0)
         grads[0].add_(codes.T @ out)
@@ -121,7 +117,7 @@ def dense_gradients(
             raise UnweaveError(f"training step: pre-activations of row {start + bad} are NaN or infinite.")
         cpu.dense_codes(pre, theta, codes, active, sums)
         error = (codes @ W_dec).float().add_(sae.b_dec.detach()).sub_(x[rows])
-        squared_error += squared_norm(error)
+        squared_error += kernels.squared_norm(error)
         if residual is not None:
             residual[rows] = -error
         out = error.mul_(2 / n)
@@ -132,9 +128,9 @@ def dense_gradients(
         g_dec += torch.mm(codes.T, out, out=products)
         g_enc += torch.mm(back.T, inputs, out=products)
 
-    loss, l0 = (squared_error / n).float(), active.sum()
+    loss, l0 = (squared_error / n).float(), kernels.ordered_sum(active)
     if norms is not None:
-        loss = loss + penalty / n * (sums * norms).sum()
+        loss = loss + penalty / n * kernels.ordered_sum(sums * norms)
         g_dec.addcmul_((penalty / n * sums / norms.clamp(min=torch.finfo(norms.dtype).tiny))[:, None], rows_dec)
     if isinstance(config.sparsity_term, TargetL0):
         off = l0 / n / config.sparsity_term.l0 - 1
@@ -153,5 +149,5 @@ def dense_gradients(
     }  # fmt: skip
     if jump is not None:
         grads["threshold"] = towards
-    squares = torch.stack([g.double().square().sum() for g in grads.values() if isinstance(g, Tensor)]).sum()
+    squares = squares_of(grads)
     return Step(loss, squared_error, l0, active > 0, None, grads, squares), l0.item() / (n * m)

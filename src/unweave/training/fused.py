@@ -22,7 +22,7 @@ from unweave.objectives import L1, TargetL0
 from unweave.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from unweave.training.config import SAEConfig
 from unweave.training.dense import Aux, auxk_gradients, dense_gradients
-from unweave.training.optimizer import RowGrad
+from unweave.training.optimizer import RowGrad, squares_of
 from unweave.training.step import Step
 
 SPARSE_BELOW, DENSE_ABOVE = 0.04, 0.06
@@ -124,7 +124,7 @@ class Fused:
         errors, grad, code_grad = cpu.squared_error_rows(
             indices, codes, offsets, scales, W_dec, b_dec, x, residual, scratch("products", (n * groups, d))
         )
-        loss, l0 = errors.sum() / (n * groups), active.sum()
+        loss, l0 = kernels.ordered_sum(errors) / (n * groups), active.sum()
 
         own: dict[str, Tensor] = {}  # gradients of the activation function's parameters
         gate_grad = along = None
@@ -134,7 +134,7 @@ class Fused:
             rows = pad(counts.cumsum(0), (1, 0))
             scale, room = x.new_full((1,), 2 / n), scratch("gate", x.shape)
             gate = cpu.squared_error_rows(indices, pre, rows, scale, W_dec, b_dec, x, None, room)
-            loss = loss + gate.errors[:, -1].sum() / n
+            loss = loss + kernels.ordered_sum(gate.errors) / n
             through = code_grad * active
             own["b_mag"] = _by_latent(indices, through, m)
             through *= gain[indices]
@@ -143,7 +143,7 @@ class Fused:
             gate_grad = penalised_grad
         if isinstance(config.sparsity_term, L1):
             norms, sums = W_dec.norm(dim=1), _by_latent(indices, penalised, m)
-            loss = loss + penalty / n * (sums * norms).sum()
+            loss = loss + penalty / n * kernels.ordered_sum(sums * norms)
             penalised_grad += penalty / n * norms[indices]
             along = penalty / n * sums / norms.clamp(min=torch.finfo(norms.dtype).tiny)
         if isinstance(config.activation, JumpReLU):
@@ -172,13 +172,13 @@ class Fused:
         grads["b_enc"] = b_enc_grad
         grads["b_dec"] = cpu.sum_rows(grad.view(n, groups, d)[:, 0]) - cpu.sum_rows(sae.W_enc.detach().T, sums_of_pre)
         grads |= own
-        squares = squares + sum(g.double().square().sum() for g in grads.values() if isinstance(g, Tensor))
+        squares = squares + squares_of(grads)
         fired = active.new_zeros(m)
         fired[indices[active]] = True
         smallest = None
         if isinstance(config.activation, BatchTopK):
             smallest = codes[active].min() if bool(active.any()) else None
-        return Step(loss, errors[:, -1].sum(), l0, fired, smallest, grads, squares)
+        return Step(loss, kernels.ordered_sum(errors[:, -1]), l0, fired, smallest, grads, squares)
 
     def _weight_gradients(
         self, indices: Tensor, offsets: Tensor, codes: Tensor, pre_grad: Tensor, grad: Tensor, centred: Tensor,

@@ -33,6 +33,12 @@ def as_rows(name: str, parameter: Tensor) -> Tensor:
     return parameter.T if name == "W_enc" else parameter
 
 
+def squares_of(grads: Mapping[str, Tensor | RowGrad]) -> Float[Tensor, ""]:
+    """The squared norm of all gradients that are whole tensors, in float64."""
+    rows = [kernels.squared_norm(as_rows(name, g)).double() for name, g in grads.items() if isinstance(g, Tensor)]
+    return torch.stack(rows).sum()
+
+
 class Adam:
     """Adam with a learning rate for each parameter.
 

@@ -31,9 +31,8 @@ from unweave.objectives import (
 from unweave.objectives.penalties import decoder_norms
 from unweave.sae import SAE, BatchTopK, Gated, TopK, ops
 from unweave.training.config import SAEConfig
-from unweave.training.dense import squared_norm
 from unweave.training.fused import Fused, supports
-from unweave.training.optimizer import Adam
+from unweave.training.optimizer import Adam, squares_of
 from unweave.training.schedules import learning_rate_factor, warmup_factor
 from unweave.training.step import Step
 
@@ -157,12 +156,12 @@ class Trainee:
             grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
             for parameter in parameters.values():
                 parameter.grad = None
-            squares = torch.stack([g.double().square().sum() for g in grads.values()]).sum()
+            squares = squares_of(grads)
             smallest = None
             if isinstance(self.config.activation, BatchTopK):
                 positive = codes.values[codes.values > 0]
                 smallest = positive.min() if len(positive) else None
-            error = squared_norm(x_hat.detach() - x)
+            error = kernels.squared_norm(x_hat.detach() - x)
             return Step(
                 loss.detach(), error, codes.l0().sum(), codes.firing_counts() > 0, smallest, dict(grads), squares
             )
@@ -203,7 +202,7 @@ class Trainee:
             self._track(made, len(x))
         self.step_count += 1
         n = torch.tensor(float(len(x)), device=x.device)
-        variance = squared_norm(torch.sub(x, x.mean(0), out=x))  # x is not used again
+        variance = kernels.squared_norm(torch.sub(x, x.mean(0), out=x))  # x is not used again
         return StepSums(n, made.squared_error, variance, made.l0, made.loss * n, grad_norm * n)
 
     def _state_of_encoder(self) -> tuple[int, int]:
