@@ -7,6 +7,7 @@ import datetime
 import gc
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -134,7 +135,7 @@ def processor() -> str:
 def machine(packages: Sequence[str] = ()) -> list[str]:
     """Lines that say what a table was measured on: processor, threads, versions, date, command."""
     versions = [f"PyTorch {torch.__version__}", *(f"{p} {metadata.version(p)}" for p in packages)]
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     return [
         f"{processor()}; {torch.get_num_threads()} threads, PyTorch's kernels for {_capability()}.",
         f"{', '.join(versions)}. {datetime.date.today():%d %B %Y}, `{command}`.",
