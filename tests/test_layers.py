@@ -27,6 +27,7 @@ BELOW = {
     "training": BASE | {"kernels", "sae", "objectives", "models", "activations"},
     "evaluation": BASE | {"sae", "models", "activations"},
     "dashboard": BASE | {"sae", "models", "activations", "evaluation"},
+    "synthetic": BASE | {"kernels", "sae", "objectives", "activations", "training", "evaluation"},
 }
 BELOW["__init__"] = set(BELOW)
 BELOW["cli"] = set(BELOW)

@@ -49,7 +49,8 @@ def test_what_the_page_shows_runs(page: Path, tmp_path: Path, monkeypatch: pytes
     for block in blocks(page):
         if block.language == "python":
             # Padded with empty lines, so that a traceback points into the page.
-            exec(compile("\n" * block.first_line + block.code, str(page), "exec"), namespace)
+            code = compile("\n" * block.first_line + block.code, str(page), "exec", dont_inherit=True)
+            exec(code, namespace)
         elif block.language == "toml":
             Path(re.match(r"# ([\w.]+)", block.code)[1]).write_text(block.code, encoding="utf-8")
         elif block.language == "bash":

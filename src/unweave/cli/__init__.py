@@ -1,4 +1,4 @@
-"""The command line: `unweave demo | train | eval | dashboard`. One file per command, each thin over the library.
+"""The command line: `unweave demo | train | eval | dashboard | synth`. One file per command, thin over the library.
 
 Exit status: 0 when it worked, 2 when the input was wrong (one sentence says what), 130 after Ctrl-C, 1 for a bug.
 """
@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from unweave.cli.dashboard import DashboardArgs
     from unweave.cli.demo import DemoArgs
     from unweave.cli.evaluate import EvalArgs
+    from unweave.cli.synth import SynthArgs
     from unweave.cli.train import TrainArgs
 
     commands: dict[str, Callable[..., Any]] = {
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "train": TrainArgs,
         "eval": EvalArgs,
         "dashboard": DashboardArgs,
+        "synth": SynthArgs,
     }
     args = tyro.extras.subcommand_cli_from_dict(
         commands,

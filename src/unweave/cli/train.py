@@ -118,10 +118,11 @@ class TrainArgs:
                 text[name] = getattr(self, name)
         if self.streaming:
             text["streaming"] = True
-        settings["saes"] = [self._sae(sae) for sae in settings.get("saes") or [{}]]
+        settings["saes"] = [self.sae_settings(sae) for sae in settings.get("saes") or [{}]]
         return from_dict(TrainConfig, settings)
 
-    def _sae(self, settings: dict[str, Any]) -> dict[str, Any]:
+    def sae_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The settings of one SAE with what was given on the line on top."""
         for name in ("d_sae", "lr", "precision"):
             if getattr(self, name) is not None:
                 settings[name] = getattr(self, name)

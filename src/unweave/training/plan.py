@@ -49,8 +49,8 @@ class Plan:
             f"plan: {self.tokens:,} tokens in {self.steps:,} steps, at {hooks}\n"
             f"      {'; '.join(self.saes)}\n"
             f"      the model gives {self.harvest_rate:,.0f} tokens/s, a step takes {self.step_seconds * 1000:.0f} ms: "
-            f"about {_duration(self.seconds)}\n"
-            f"      {_size(self.ring_bytes)} shuffling ring, {_size(self.sae_bytes)} weights, gradients and moments; "
+            f"about {duration(self.seconds)}\n"
+            f"      {size(self.ring_bytes)} shuffling ring, {size(self.sae_bytes)} weights, gradients and moments; "
             f"masks leave {self.kept:.1%} of the tokens"
         )
 
@@ -84,13 +84,15 @@ def plan_run(config: TrainConfig, stream: ActivationStream) -> Plan:
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _size(n: float) -> str:
+def size(n: float) -> str:
+    """Bytes as people say them."""
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:
             return f"{n:.0f} {unit}"

@@ -29,7 +29,7 @@ from unweave.objectives import (
     target_l0_penalty,
 )
 from unweave.objectives.penalties import decoder_norms
-from unweave.sae import SAE, BatchTopK, Gated, TopK, ops
+from unweave.sae import SAE, BatchTopK, Gated, TopK, fold_decoder_norms, fold_input_scale, ops
 from unweave.training.config import SAEConfig
 from unweave.training.fused import Fused, supports
 from unweave.training.optimizer import Adam, squares_of
@@ -63,10 +63,21 @@ class Trainee:
         steps: Steps of the whole run, for the schedules.
         tokens: Tokens of the whole run.
         seed: Gives the initial decoder.
+        start: An SAE that takes raw activations, to train a copy of; None: a fresh one.
+
+    Raises:
+        UnweaveError: If all of the sample is 0, or `start` is not an SAE of this config.
     """
 
     def __init__(
-        self, config: SAEConfig, sample: Float[Tensor, "n d_in"], *, steps: int, tokens: int, seed: int
+        self,
+        config: SAEConfig,
+        sample: Float[Tensor, "n d_in"],
+        *,
+        steps: int,
+        tokens: int,
+        seed: int,
+        start: SAE | None = None,
     ) -> None:
         self.config, self.steps, self.step_count = config, steps, 0
         d_in = sample.shape[1]
@@ -75,11 +86,16 @@ class Trainee:
             raise UnweaveError("all activations of the first batch are 0, so there is nothing to train on.")
         self.scale = (d_in / mean_square) ** 0.5
         sae = SAE(d_in, config.d_sae, config.activation, generator=torch.Generator().manual_seed(seed))
-        if not config.decoder_is_unit:
+        if start is not None:
+            _check_start(start, config, d_in)
+            sae.load_state_dict(start.state_dict())
+            fold_input_scale(sae, 1 / self.scale)
+            fold_decoder_norms(sae)
+        elif not config.decoder_is_unit:
             # A small start lets an L1 penalty's norms grow where they are needed (Anthropic, April 2024).
             sae.W_dec.data.mul_(0.1)
             sae.W_enc.data.mul_(0.1)
-        if config.b_dec_init == "mean":
+        if start is None and config.b_dec_init == "mean":
             sae.b_dec.data.copy_(sample.float().mean(0).cpu() * self.scale)
         self.sae = sae.to(sample.device)
         self.dead_after = config.dead_after or min(MAX_DEAD_AFTER, max(tokens // 10, 1))
@@ -242,6 +258,15 @@ class Trainee:
         self._screen = None  # of the weights before
         if self.fused is not None:
             self.fused.dense = bool(state.get("dense"))
+
+
+def _check_start(start: SAE, config: SAEConfig, d_in: int) -> None:
+    found, wanted = (start.d_in, start.d_sae, start.activation), (d_in, config.d_sae, config.activation)
+    for name, value, expected in zip(("d_in", "d_sae", "activation"), found, wanted, strict=True):
+        if value != expected:
+            raise UnweaveError(f"the SAE to start from has {name}={value}, and {name}={expected} is to be trained.")
+    if not start.apply_b_dec_to_input:
+        raise UnweaveError("an SAE that does not subtract its decoder bias from its input cannot be trained further.")
 
 
 @torch.no_grad()

@@ -88,8 +88,18 @@ def fit(
     checkpoint_every: int | None = None,
     stream_state: Callable[[], dict[str, Any]] = dict,
     how_to_resume: str = "",
+    after_step: Callable[[], None] | None = None,
 ) -> None:
     """Train until `run.tokens` tokens are seen; the last batch is cut to end exactly there.
+
+    Args:
+        run: Where the run stands; it moves on.
+        batches: What to train on.
+        progress: Whether to show progress on standard error.
+        checkpoint_every: Tokens between checkpoints; None: none but the one at an interruption.
+        stream_state: Gives the state of `batches`, for checkpoints.
+        how_to_resume: What the message of an interruption ends with.
+        after_step: Called after every step.
 
     Raises:
         UnweaveError: If a batch has the wrong shape or values that are not finite, or the batches run out.
@@ -125,6 +135,8 @@ def fit(
                     _warn(run, row, warned, bar)
                 log.flush()
             bar.update(run.seen, rows)
+            if after_step is not None:
+                after_step()
             if stop.is_set():
                 raise TrainingInterrupted(_save_interrupted(run, stream_state, how_to_resume))
             if checkpoint_every and since_checkpoint >= checkpoint_every and run.out and run.seen < run.tokens:
