@@ -14,22 +14,39 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "unweave.sae": ("SAE", "SparseCodes", "ReLU", "TopK", "BatchTopK", "JumpReLU", "Gated"),
-    "unweave.objectives": ("L1", "TargetL0", "AuxK", "Matryoshka", "MultiTopK", "PreActivation", "GhostGradients"),
-    "unweave.training": ("SAEConfig", "TrainConfig", "train", "train_on"),
+    "unweave.sae": (
+        "SAE", "SparseCodes", "Activation", "register_activation", "ReLU", "TanhReLU", "TopK", "AbsTopK", "GroupMax",
+        "BatchTopK", "JumpReLU", "Gated", "MatchingPursuit", "OrthogonalMatchingPursuit", "TiedDictionary",
+        "ArchetypalDictionary", "Temporal", "TemporalSAE", "Transcoder", "Crosscoder", "Normalization",
+        "fold_normalization",
+    ),
+    "unweave.objectives": (
+        "Penalty", "register_penalty", "L1", "Lp", "PAnneal", "Tanh", "Frequency", "L0", "QuadraticL0", "TargetL0",
+        "Contrastive", "AuxK", "PreActivation", "GhostGradients", "Reanimation", "Matryoshka", "RandomMatryoshka",
+        "MultiTopK", "Schedule", "KSchedule", "EndToEnd",
+    ),
+    "unweave.training": (
+        "SAEConfig", "TrainConfig", "L0Controller", "Resampling", "train", "train_on", "train_end_to_end", "finetune",
+        "recipes",
+    ),
     "unweave.activations": ("DataConfig", "MaskConfig"),
     "unweave.models": ("load_model", "capture", "splice", "resolve_hooks"),
     "unweave.evaluation": ("evaluate", "Report"),
     "unweave.dashboard": ("dashboard",),
     "unweave._errors": ("UnweaveError",),
-}
+}  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 # Type checkers, editors and `import *` read these two lists; a test holds them equal to the table above.
 __all__ = [
-    "L1", "SAE", "AuxK", "BatchTopK", "DataConfig", "Gated", "GhostGradients", "JumpReLU", "MaskConfig", "Matryoshka",
-    "MultiTopK", "PreActivation", "ReLU", "Report", "SAEConfig", "SparseCodes", "TargetL0", "TopK", "TrainConfig",
-    "UnweaveError", "capture", "dashboard", "evaluate", "load_model", "resolve_hooks", "splice", "train", "train_on",
+    "L0", "L1", "SAE", "AbsTopK", "Activation", "ArchetypalDictionary", "AuxK", "BatchTopK", "Contrastive",
+    "Crosscoder", "DataConfig", "EndToEnd", "Frequency", "Gated", "GhostGradients", "GroupMax", "JumpReLU",
+    "KSchedule", "L0Controller", "Lp", "MaskConfig", "MatchingPursuit", "Matryoshka", "MultiTopK", "Normalization",
+    "OrthogonalMatchingPursuit", "PAnneal", "Penalty", "PreActivation", "QuadraticL0", "RandomMatryoshka", "ReLU",
+    "Reanimation", "Report", "Resampling", "SAEConfig", "Schedule", "SparseCodes", "Tanh", "TanhReLU", "TargetL0",
+    "Temporal", "TemporalSAE", "TiedDictionary", "TopK", "TrainConfig", "Transcoder", "UnweaveError", "capture",
+    "dashboard", "evaluate", "finetune", "fold_normalization", "load_model", "recipes", "register_activation",
+    "register_penalty", "resolve_hooks", "splice", "train", "train_end_to_end", "train_on",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -39,9 +56,55 @@ if TYPE_CHECKING:
     from unweave.evaluation import Report
     from unweave.evaluation.evaluate import evaluate
     from unweave.models import capture, load_model, resolve_hooks, splice
-    from unweave.objectives import L1, AuxK, GhostGradients, Matryoshka, MultiTopK, PreActivation, TargetL0
-    from unweave.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, SparseCodes, TopK
-    from unweave.training import SAEConfig, TrainConfig
+    from unweave.objectives import (
+        L0,
+        L1,
+        AuxK,
+        Contrastive,
+        EndToEnd,
+        Frequency,
+        GhostGradients,
+        KSchedule,
+        Lp,
+        Matryoshka,
+        MultiTopK,
+        PAnneal,
+        Penalty,
+        PreActivation,
+        QuadraticL0,
+        RandomMatryoshka,
+        Reanimation,
+        Schedule,
+        Tanh,
+        TargetL0,
+        register_penalty,
+    )
+    from unweave.sae import (
+        SAE,
+        AbsTopK,
+        Activation,
+        ArchetypalDictionary,
+        BatchTopK,
+        Crosscoder,
+        Gated,
+        GroupMax,
+        JumpReLU,
+        MatchingPursuit,
+        Normalization,
+        OrthogonalMatchingPursuit,
+        ReLU,
+        SparseCodes,
+        TanhReLU,
+        Temporal,
+        TemporalSAE,
+        TiedDictionary,
+        TopK,
+        Transcoder,
+        fold_normalization,
+        register_activation,
+    )
+    from unweave.training import L0Controller, Resampling, SAEConfig, TrainConfig, recipes, train_end_to_end
+    from unweave.training.finetune import finetune
     from unweave.training.train import train
     from unweave.training.train_on import train_on
 

@@ -389,3 +389,30 @@ def test_pitfall_260_generation_is_edited_the_same_with_and_without_a_cache(gpt2
     assert torch.equal(cached, uncached)
     assert not torch.equal(cached, plain)
     assert torch.equal(generate(True), plain)
+
+
+class Heads(nn.Module):
+    """Something with two heads of three columns, in an axis of their own or side by side."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.z, self.shape = nn.Identity(), shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.z(x.reshape(*x.shape[:2], *self.shape)).flatten(2)
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3)], ids=["side by side", "apart"])
+def test_columns_are_read_and_replaced_alone(shape: tuple[int, ...]) -> None:
+    module, x = Heads(shape), torch.randn(4, 5, 6)
+    second, first = Hook("z", columns=(3, 6)), Hook("z", "in", (0, 2))
+    captured = capture(module, [first, second], x)
+    assert list(captured) == ["z:in#0:2", "z#3:6"]
+    assert torch.equal(captured["z#3:6"], x[..., 3:])
+    assert torch.equal(captured["z:in#0:2"], x[..., :2])
+    with splice(module, {second: lambda part: part + 10, first: lambda part: 0 * part}):
+        assert torch.equal(module(x), torch.cat([0 * x[..., :2], x[..., 2:3], x[..., 3:] + 10], -1))
+    with pytest.raises(UnweaveError, match="beyond the 6 columns"):
+        capture(module, [Hook("z", columns=(3, 7))], x)
+    with splice(module, {second: lambda part: part[..., :2]}), pytest.raises(UnweaveError, match=r"not \(4, 5, 3\)"):
+        module(x)

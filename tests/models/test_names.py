@@ -133,3 +133,30 @@ def test_pitfall_248_what_matches_nothing_is_an_error_that_says_what_there_is(na
 def test_pitfall_248_aliases_too(gpt2: nn.Module, name: str, hint: str) -> None:
     with pytest.raises(UnweaveError, match=hint):
         resolve_hooks(gpt2, [name])
+
+
+def test_columns_of_any_hook() -> None:
+    assert resolve_hooks(TOY, ["h.3.mlp:in#4:8", "h.3.mlp:in#0:4", "h.3.mlp:in"]) == [
+        Hook("body.h.3.mlp", "in"), Hook("body.h.3.mlp", "in", (0, 4)), Hook("body.h.3.mlp", "in", (4, 8)),
+    ]  # fmt: skip
+    [hook] = resolve_hooks(TOY, ["h.3.mlp#4:8"])
+    assert resolve_hooks(TOY, [str(hook)]) == [hook]
+
+
+@pytest.mark.parametrize("part", ["#", "#x", "#8:4", "#4:4", "#1:2:3", "#-1"])
+def test_parts_that_are_none(part: str) -> None:
+    with pytest.raises(UnweaveError, match="neither a head"):
+        resolve_hooks(TOY, [f"h.3.mlp{part}"])
+
+
+def test_a_head_is_one_of_what_attention_mixes() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    module = GPT2LMHeadModel(GPT2Config(n_embd=12, n_layer=2, n_head=3, vocab_size=10, n_positions=8))
+    place = "transformer.h.1.attn.c_proj"
+    assert resolve_hooks(module, ["blocks.1.attn.hook_z#2"]) == [Hook(place, "in", (8, 12))]
+    assert resolve_hooks(module, ["blocks.*.attn.hook_z#0"])[1] == Hook(place, "in", (0, 4))
+    with pytest.raises(UnweaveError, match="heads 0 to 2, and no head 3"):
+        resolve_hooks(module, ["blocks.1.attn.hook_z#3"])
+    with pytest.raises(UnweaveError, match="no heads that are known"):
+        resolve_hooks(module, ["resid_post.1#0"])

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from unweave.objectives import gate_error, l1_penalty, open_gate
-from unweave.objectives.penalties import decoder_norms
+from unweave.objectives import L1, gate_error, open_gate
 from unweave.sae import SAE, DenseCodes, Gated, SparseCodes, ops
 
 
@@ -24,7 +23,7 @@ def random_sae(seed, d_in, d_sae):
 def step_loss(sae, pre, codes, x, coefficient):
     gate = open_gate(pre)
     main = (ops.decode(codes, sae.W_dec) + sae.b_dec - x).square().sum() / len(x)
-    return main + coefficient * l1_penalty(gate, decoder_norms(sae.W_dec)) + gate_error(gate, sae.W_dec, sae.b_dec, x)
+    return main + coefficient * L1()(pre, gate, sae) + gate_error(gate, sae.W_dec, sae.b_dec, x)
 
 
 def gradients(sae):

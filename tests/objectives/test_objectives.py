@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from unweave._errors import UnweaveError
-from unweave.objectives import L1, AuxK, TargetL0, auxk_loss, l1_penalty, squared_error, target_l0_penalty
-from unweave.sae import SAE, DenseCodes, JumpReLU, SparseCodes, TopK, ops
+from unweave.objectives import L1, AuxK, TargetL0, auxk_loss, squared_error
+from unweave.sae import SAE, DenseCodes, JumpReLU, ReLU, SparseCodes, TopK, ops
 
 
 def codes(dense):
@@ -21,24 +21,26 @@ def test_squared_error_sums_over_d_and_averages_over_tokens():
 @pytest.mark.parametrize("form", [lambda c: c, lambda c: DenseCodes(c.to_dense())], ids=["sparse", "dense"])
 def test_l1_weighs_codes_by_decoder_norms(form):
     """pitfall_097"""
-    norms = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
-    penalty = l1_penalty(form(codes([[1.0, 0.0, 2.0], [0.0, 4.0, 0.0]])), norms)
+    sae = SAE(1, 3, ReLU()).double()
+    sae.W_dec.data = torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64)
+    used = form(codes([[1.0, 0.0, 2.0], [0.0, 4.0, 0.0]]))
+    penalty = L1()(used, used, sae)
     assert penalty.item() == pytest.approx((1 * 1 + 2 * 3 + 4 * 2) / 2)
     penalty.backward()
-    assert norms.grad.tolist() == [0.5, 2.0, 1.0]
+    assert sae.W_dec.grad.flatten().tolist() == [0.5, 2.0, 1.0]
 
 
 def test_target_l0_by_hand():
     """pitfall_095: the target is for the batch's mean L0: tokens with L0 1 and 3 are on a target of 2."""
     activation = JumpReLU(init_threshold=0.5, bandwidth=0.2)
     pre = codes([[0.55, 0.0, 0.0], [0.9, 0.8, 0.7]])
-    threshold = torch.full((3,), 0.5, dtype=torch.float64, requires_grad=True)
-    assert target_l0_penalty(pre, threshold, activation, 2).item() == 0
-    penalty = target_l0_penalty(pre, threshold, activation, 1)
+    sae = SAE(1, 3, activation).double()
+    assert TargetL0(2)(pre, pre, sae).item() == 0
+    penalty = TargetL0(1)(pre, pre, sae)
     assert penalty.item() == pytest.approx(1.0)
     penalty.backward()
     # Only 0.55 lies in the window: d/dthreshold of (L0/1 - 1)^2 is 2 * (2 - 1) * (-1 / 0.2) / 2 tokens.
-    assert threshold.grad.tolist() == pytest.approx([-5.0, 0.0, 0.0])
+    assert sae.threshold.grad.tolist() == pytest.approx([-5.0, 0.0, 0.0])
 
 
 def test_auxk_by_hand():

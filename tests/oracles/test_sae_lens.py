@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from unweave import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from unweave.sae import SAE, AbsTopK, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TanhReLU, TopK
 
 # sae-lens warns while it is imported, which is no concern of ours.
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("default")]
 
 D_IN, D_SAE = 24, 96
-ACTIVATIONS = [ReLU(), TopK(k=5), BatchTopK(k=5), JumpReLU(), Gated()]
+ACTIVATIONS = [ReLU(), TopK(k=5), AbsTopK(k=5), BatchTopK(k=5), JumpReLU(), Gated()]
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,7 @@ def test_sae_lens_loads_ours(
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.name)
-def test_sae_lens_loads_our_training_form(
-    sae_lens: ModuleType, tmp_path: Path, x: Tensor, activation: Any
-) -> None:
+def test_sae_lens_loads_our_training_form(sae_lens: ModuleType, tmp_path: Path, x: Tensor, activation: Any) -> None:
     from unweave.sae.files import save_training_form
 
     ours = our_sae(activation, apply_b_dec_to_input=True)
@@ -96,6 +94,44 @@ def test_sae_lens_loads_our_matryoshka_training_form(sae_lens: ModuleType, tmp_p
     assert_equal(ours, sae_lens.SAE.load_from_disk(ours.save(tmp_path / "sae")), x)
 
 
+@pytest.mark.parametrize("kind", ["layer_norm", "constant_norm_rescale"])
+def test_sae_lens_normalises_tokens_alike(sae_lens: ModuleType, tmp_path: Path, x: Tensor, kind: Any) -> None:
+    ours = our_sae(TopK(k=5), apply_b_dec_to_input=True)
+    ours.per_token = kind
+    theirs = sae_lens.SAE.load_from_disk(ours.save(tmp_path / "sae"))
+    codes = theirs.encode(x)
+    torch.testing.assert_close(ours.encode(x), codes, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("activation", [GroupMax(k=6), TanhReLU()], ids=lambda a: a.name)
+def test_sae_lens_refuses_what_it_does_not_have(
+    sae_lens: ModuleType, tmp_path: Path, x: Tensor, activation: Any
+) -> None:
+    """It must not take them for another architecture."""
+    folder = our_sae(activation, apply_b_dec_to_input=True).save(tmp_path / "sae")
+    with pytest.raises(Exception, match=activation.name):
+        sae_lens.SAE.load_from_disk(folder)
+
+
+def test_jumprelu_gradients_are_theirs(sae_lens: ModuleType, x: Tensor) -> None:
+    """Of thresholds and, where the window reaches the input, of the encoder."""
+    for to_input in (False, True):
+        config = sae_lens.JumpReLUTrainingSAEConfig(
+            d_in=D_IN, d_sae=D_SAE, jumprelu_bandwidth=0.5, jumprelu_init_threshold=0.4, jumprelu_ste_to_input=to_input
+        )
+        theirs = sae_lens.JumpReLUTrainingSAE(config)
+        randomise(theirs)
+        ours = SAE(D_IN, D_SAE, JumpReLU(0.4, 0.5, ste_to_input=to_input))
+        ours.load_state_dict({name: getattr(theirs, name).detach() for name in ours.state_dict()})
+        ours.training_codes(x).codes.to_dense().square().sum().backward()
+        theirs.encode_with_hidden_pre(x)[0].square().sum().backward()
+        for name in ("threshold", "W_enc", "b_enc"):
+            grad, expected = getattr(ours, name).grad, getattr(theirs, name).grad
+            assert expected.abs().max() > 0
+            torch.testing.assert_close(grad, expected, atol=1e-3, rtol=1e-4)
+
+
 def their_sae(sae_lens: ModuleType, kind: str, **config: Any) -> Any:
     sae = getattr(sae_lens, kind)(getattr(sae_lens, f"{kind}Config")(d_in=D_IN, d_sae=D_SAE, **config))
     randomise(sae)
@@ -112,11 +148,14 @@ def their_sae(sae_lens: ModuleType, kind: str, **config: Any) -> Any:
     [
         ("StandardSAE", {}),
         ("TopKSAE", {"k": 5}),
+        ("AbsTopKSAE", {"k": 5}),
+        ("TopKSAE", {"k": 5, "normalize_activations": "layer_norm"}),
+        ("StandardSAE", {"normalize_activations": "constant_norm_rescale"}),
         ("TopKSAE", {"k": 5, "rescale_acts_by_decoder_norm": True}),
         ("JumpReLUSAE", {}),
         ("GatedSAE", {}),
     ],
-    ids=["standard", "topk", "topk-rescaled", "jumprelu", "gated"],
+    ids=["standard", "topk", "abstopk", "topk-layer-norm", "standard-rescaled", "topk-rescaled", "jumprelu", "gated"],
 )
 def test_we_load_theirs(
     sae_lens: ModuleType, tmp_path: Path, x: Tensor, kind: str, config: dict[str, Any], apply_b_dec_to_input: bool

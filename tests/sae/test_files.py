@@ -5,10 +5,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from unweave._errors import UnweaveError
-from unweave.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from unweave.sae import SAE, AbsTopK, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TanhReLU, TopK
 from unweave.sae.files import save_training_form
 
-ACTIVATIONS = [ReLU(), TopK(3), BatchTopK(3), JumpReLU(0.2, 0.1), Gated()]
+ACTIVATIONS = [
+    ReLU(), TanhReLU(), TopK(3), AbsTopK(3), GroupMax(23), BatchTopK(3), BatchTopK(2.5), JumpReLU(0.2, 0.1),
+    JumpReLU(0.2, 0.1, kernel="quartic", ste_to_input=True, shared=True, log_threshold=True), Gated(),
+]  # fmt: skip
 
 
 def make(activation, dtype=torch.float32):
@@ -24,7 +27,7 @@ def make(activation, dtype=torch.float32):
     if isinstance(activation, BatchTopK):
         sae.threshold.fill_(0.4)
     if isinstance(activation, JumpReLU):
-        sae.threshold.data.copy_(torch.linspace(0, 1, 23))
+        sae.threshold.data.copy_(torch.linspace(0, 1, 23) if sae.threshold.ndim else torch.tensor(0.3))
     if isinstance(activation, Gated):
         sae.r_mag.data.copy_(torch.linspace(0.5, -0.5, 23))
         sae.b_mag.data.copy_(torch.linspace(-0.2, 0.4, 23))
@@ -55,9 +58,90 @@ def test_training_form_round_trip(activation, tmp_path):
     """pitfall_191: the trained k stays available beside the inference form."""
     sae, x = make(activation), torch.randn(30, 7)
     loaded = SAE.load(save_training_form(sae, tmp_path, {}))
-    assert type(loaded.activation) is type(activation)
-    assert getattr(loaded.activation, "k", None) == getattr(activation, "k", None)
+    assert loaded.activation == activation
     assert torch.equal(loaded(x), sae(x))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_the_inference_form_of_the_training_form(activation, tmp_path):
+    """Both forms give the same codes, and the first can be made of the second."""
+    sae, x = make(activation), torch.randn(30, 7)
+    training = SAE.load(save_training_form(sae, tmp_path / "training", {}))
+    inference = SAE.load(training.save(tmp_path / "inference"))
+    assert torch.equal(inference.encode(x), sae.encode(x))
+    assert torch.equal(training.encode(x), sae.encode(x))
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "constant_norm_rescale"])
+def test_per_token_normalisation_is_saved(kind, tmp_path):
+    sae, x = make(TopK(3)), 5 * torch.randn(30, 7) + 2
+    plain = sae(x)
+    sae.per_token = kind
+    config = json.loads((sae.save(tmp_path) / "cfg.json").read_text())
+    assert config["normalize_activations"] == kind
+    loaded = SAE.load(tmp_path)
+    assert torch.equal(loaded(x), sae(x))
+    assert not torch.allclose(loaded(x), plain)
+
+
+def test_own_architectures_are_not_read_as_another(tmp_path):
+    """pitfall_067: who does not know GroupMax must fail, and so do we where the fields are not ours."""
+    folder = make(GroupMax(23)).save(tmp_path)
+    config = json.loads((folder / "cfg.json").read_text())
+    assert config["architecture"] == "groupmax"
+    assert config["metadata"]["unweave"]["activation"] == {"type": "groupmax", "k": 23}
+    for activation, message in (
+        ({"type": "unheard", "k": 3}, "'groupmax', which is none of"),
+        ({"type": "groupmax", "k": 23, "size": 3}, "'size', which GroupMax does not know"),
+        ({"type": "groupmax"}, "without k"),
+    ):
+        change(folder, metadata={"unweave": {"activation": activation}})
+        with pytest.raises(UnweaveError, match=message):
+            SAE.load(folder)
+
+
+def test_another_tool_may_have_changed_the_architecture(tmp_path):
+    """SAELens keeps our metadata when it makes the inference form of a BatchTopK's training form."""
+    sae = make(BatchTopK(3))
+    metadata = json.loads((save_training_form(sae, tmp_path / "training", {}) / "cfg.json").read_text())["metadata"]
+    sae.save(tmp_path / "sae")
+    change(tmp_path / "sae", metadata=metadata)
+    loaded = SAE.load(tmp_path / "sae")
+    assert isinstance(loaded.activation, JumpReLU)
+    change(tmp_path / "training", k=5)
+    assert SAE.load(tmp_path / "training").activation == BatchTopK(5)
+
+
+def test_thresholds_that_are_shared_are_one(tmp_path):
+    folder = save_training_form(make(JumpReLU(0.2, 0.1, shared=True)), tmp_path, {})
+    tensors = load_file(folder / "sae_weights.safetensors")
+    tensors["threshold"][3] = 0.9
+    save_file(tensors, folder / "sae_weights.safetensors")
+    with pytest.raises(UnweaveError, match="latents share one"):
+        SAE.load(folder)
+
+
+def test_thresholds_below_zero(tmp_path):
+    """pitfall_055: `relu(pre)` above the threshold, in training as in inference."""
+    folder, x = make(JumpReLU()).save(tmp_path), torch.randn(30, 7)
+    tensors = load_file(folder / "sae_weights.safetensors")
+    tensors["threshold"] = torch.linspace(-1, 1, 23)
+    save_file(tensors, folder / "sae_weights.safetensors")
+    sae = SAE.load(folder)
+    pre = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc).relu()
+    torch.testing.assert_close(sae.encode(x), pre * (pre > tensors["threshold"]))
+    torch.testing.assert_close(sae.training_codes(x).codes.to_dense(), sae.encode(x))
+
+
+def test_logarithms_of_thresholds_are_read(tmp_path):
+    """As in older SAELens checkpoints."""
+    sae = make(JumpReLU())
+    sae.threshold.data.clamp_(min=0.1)
+    folder = sae.save(tmp_path)
+    tensors = load_file(folder / "sae_weights.safetensors")
+    tensors["log_threshold"] = tensors.pop("threshold").log()
+    save_file(tensors, folder / "sae_weights.safetensors")
+    torch.testing.assert_close(SAE.load(folder).threshold, sae.threshold)
 
 
 def test_layout_is_sae_lens(tmp_path):
@@ -143,8 +227,8 @@ def test_unknown_keys_are_kept(tmp_path):
     [
         ({"architecture": "glu"}, "'glu'"),  # pitfall_067
         ({"d_sae": 22}, "W_dec"),
-        ({"normalize_activations": "layer_norm"}, "layer_norm"),
-        ({"reshape_activations": "hook_z"}, "hook_z"),
+        ({"normalize_activations": "expected_average_only_in"}, "expected_average_only_in"),
+        ({"reshape_activations": "other"}, "other"),
     ],
 )
 def test_what_is_not_understood_is_refused(keys, message, tmp_path):

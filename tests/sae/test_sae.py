@@ -6,12 +6,29 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import unweave.sae.sae as sae_module
 from unweave._errors import UnweaveError
-from unweave.sae import SAE, BatchTopK, DenseCodes, Gated, JumpReLU, ReLU, SparseCodes, TopK, ops
+from unweave.sae import (
+    SAE,
+    AbsTopK,
+    BatchTopK,
+    DenseCodes,
+    Gated,
+    GroupMax,
+    JumpReLU,
+    ReLU,
+    SparseCodes,
+    TanhReLU,
+    TopK,
+    ops,
+)
 
-ACTIVATIONS = [ReLU(), TopK(3), BatchTopK(3), JumpReLU(init_threshold=0.2, bandwidth=0.3), Gated()]
+JUMP = JumpReLU(init_threshold=0.2, bandwidth=0.3)
+ACTIVATIONS = [
+    ReLU(), TanhReLU(), TopK(3), AbsTopK(3), GroupMax(4), BatchTopK(3), BatchTopK(2.5), JUMP,
+    JumpReLU(0.2, 0.3, kernel="triangle"), JumpReLU(0.2, 0.3, shared=True), Gated(),
+]  # fmt: skip
 
 
-def make(activation, d_in=7, d_sae=23, dtype=torch.float64, **kwargs):
+def make(activation, d_in=7, d_sae=24, dtype=torch.float64, **kwargs):
     sae = SAE(d_in, d_sae, activation, generator=torch.Generator().manual_seed(0), **kwargs).to(dtype)
     generator = torch.Generator().manual_seed(1)
     for p in (sae.b_enc, sae.b_dec):
@@ -36,9 +53,15 @@ def dense_codes(sae, x, training):
         case TopK(k):
             mask = torch.zeros_like(pre).scatter(1, pre.topk(k, dim=1).indices, 1.0)
         case BatchTopK(k) if training:
-            mask = (
-                torch.zeros_like(pre).flatten().index_fill(0, pre.flatten().topk(k * len(x)).indices, 1.0).view_as(pre)
-            )
+            chosen = pre.flatten().topk(round(k * len(x))).indices
+            mask = torch.zeros_like(pre).flatten().index_fill(0, chosen, 1.0).view_as(pre)
+        case AbsTopK(k):
+            return pre * torch.zeros_like(pre).scatter(1, pre.abs().topk(k, dim=1).indices, 1.0)
+        case GroupMax(k):
+            groups = pre.unflatten(1, (k, -1))
+            mask = (groups == groups.amax(2, keepdim=True)).flatten(1)
+        case TanhReLU():
+            return pre.relu().tanh()
         case ReLU():
             mask = torch.ones_like(pre)
         case Gated():
@@ -56,7 +79,7 @@ def test_training_pass_equals_dense_autograd(activation, apply_b_dec_to_input, d
     monkeypatch.setattr(sae_module, "DENSE_ABOVE", dense_above)
     sae, x = make(activation, apply_b_dec_to_input=apply_b_dec_to_input), inputs().requires_grad_()
     codes = sae.training_codes(x).codes
-    if isinstance(activation, ReLU | JumpReLU):
+    if isinstance(activation, ReLU | TanhReLU | JumpReLU):
         assert isinstance(codes, DenseCodes if dense_above == 0 else SparseCodes)
     (ops.decode(codes, sae.W_dec) + sae.b_dec - x).pow(2).sum().backward()
     parameters = {n: p for n, p in sae.named_parameters() if n != "threshold"} | {"x": x}
@@ -87,7 +110,7 @@ def test_inference_is_a_function_of_each_token(activation):
 def test_leading_dimensions(activation):
     """pitfall_025: (2, 3, d) gives what (6, d) gives."""
     sae, x = make(activation), inputs(6)
-    torch.testing.assert_close(sae.encode(x.view(2, 3, 7)), sae.encode(x).view(2, 3, 23))
+    torch.testing.assert_close(sae.encode(x.view(2, 3, 7)), sae.encode(x).view(2, 3, 24))
     torch.testing.assert_close(sae(x.view(2, 3, 7)), sae(x).view(2, 3, 7))
     assert sae.encode_sparse(x.view(2, 3, 7)).n_rows == 6
     assert sae(x[0]).shape == (7,)
@@ -147,7 +170,7 @@ def test_thresholds_are_compared_strictly():
 
 def test_dead_latents_come_from_the_same_pass():
     sae, x = make(TopK(2)), inputs()
-    dead = torch.zeros(23, dtype=torch.bool)
+    dead = torch.zeros(24, dtype=torch.bool)
     dead[[4, 9, 20]] = True
     aux = sae.training_codes(x, dead, k_aux=2).aux
     pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc

@@ -4,7 +4,7 @@ import pytest
 
 from unweave._errors import UnweaveError
 from unweave.objectives import L1, AuxK, GhostGradients, Matryoshka, MultiTopK, PreActivation, TargetL0
-from unweave.sae import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from unweave.sae import AbsTopK, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TanhReLU, TopK
 from unweave.training import SAEConfig, TrainConfig
 from unweave.training.config import from_dict, to_dict
 
@@ -16,6 +16,11 @@ CONFIGS = [
     SAEConfig(activation=Gated(), sparsity=L1(2.5), pre_act=PreActivation(1e-3)),
     SAEConfig(activation=BatchTopK(3), matryoshka=Matryoshka((0.25, 0.5)), multi_topk=MultiTopK(7, 0.5)),
     SAEConfig(activation=TopK(3), matryoshka=Matryoshka((128, 1024)), ghost=GhostGradients(0.5)),
+    SAEConfig(activation=AbsTopK(3), multi_topk=MultiTopK(7), normalize="whiten"),
+    SAEConfig(activation=GroupMax(64), normalize="layer_norm"),
+    SAEConfig(activation=TanhReLU(), sparsity=L1(1.5), normalize="center"),
+    SAEConfig(activation=BatchTopK(2.5)),
+    SAEConfig(activation=JumpReLU(0.2, 0.3, kernel="cosine", ste_to_input=True, shared=True, log_threshold=True)),
 ]
 
 
@@ -34,6 +39,11 @@ def test_defaults_by_activation():
     assert SAEConfig(d_sae=2**16).learning_rate == pytest.approx(1e-4)
     assert SAEConfig(activation=Gated()).sparsity_term == L1()
     assert SAEConfig(activation=Gated()).decoder_is_unit
+    assert SAEConfig(activation=TanhReLU()).sparsity_term == L1()
+    assert not SAEConfig(activation=TanhReLU()).decoder_is_unit
+    for activation in (AbsTopK(), GroupMax()):
+        assert SAEConfig(activation=activation).sparsity_term is None
+        assert SAEConfig(activation=activation).decoder_is_unit
 
 
 def test_ghost_gradients_take_the_place_of_auxk():
@@ -64,6 +74,10 @@ def test_ghost_gradients_take_the_place_of_auxk():
         ({"saes": [{"matryoshka": {"prefixes": 0.5}}]}, "prefixes must be a list"),
         ({"saes": [{"matryoshka": {"widths": [1]}}]}, r"matryoshka.widths'.*'prefixes'|matryoshka.widths.*prefixes"),
         ({"saes": [{"multi_topk": 128}]}, "multi_topk must be a table"),
+        ({"saes": [{"activation": {"k": 8}}]}, "no type None; it is one of"),
+        ({"saes": [{"activation": {"type": "jumprelu", "kernel": "box"}}]}, "kernel is one of 'rectangle'"),
+        ({"saes": [{"activation": {"type": "groupmax", "k": 2.5}}]}, "k must be int"),
+        ({"saes": [{"normalize": "whitening"}]}, "normalize is one of 'scalar'"),
     ],
 )
 def test_misspelt_settings(values, message):
@@ -111,6 +125,13 @@ def test_impossible_settings(make):
         ({"activation": TopK(8), "pre_act": PreActivation()}, "TopK ranks"),
         ({"activation": BatchTopK(8), "pre_act": PreActivation()}, "BatchTopK ranks"),
         ({"activation": Gated(), "sparsity": TargetL0()}, "Gated SAE has none"),
+        ({"activation": GroupMax(5)}, "k=5 groups divide"),
+        ({"activation": AbsTopK(64), "d_sae": 32}, "d_sae=32"),
+        ({"activation": GroupMax(8), "multi_topk": MultiTopK(64)}, "GroupMax has none"),
+        ({"activation": AbsTopK(8), "pre_act": PreActivation()}, "AbsTopK ranks"),
+        ({"activation": GroupMax(8), "unit_norm": False}, "GroupMax ranks latents against each other"),
+        ({"activation": JumpReLU(shared=True), "unit_norm": False}, "JumpReLU shares one threshold"),
+        ({"coder": "crosscoder", "normalize": "whiten"}, r"normalize='whiten'.*crosscoder"),
     ],
 )
 def test_objectives_that_make_no_sense_together(settings, message):

@@ -25,7 +25,9 @@ class EvalArgs:
     data: Annotated[str | None, shown("NAME", "the data that the SAE was trained on")] = None
     """Text to read."""
     hook: Annotated[str | None, shown("NAME", "the hook that the SAE was trained at")] = None
-    """Where the SAE belongs."""
+    """Where the SAE belongs; of a transcoder, what it reads."""
+    target: Annotated[str | None, shown("NAME", "the target that the transcoder was trained on")] = None
+    """Where a transcoder's output belongs."""
     tokens: int = 200_000
     """Held-out tokens to evaluate on."""
     context: Annotated[int | None, shown("N", "as in training")] = None
@@ -43,18 +45,19 @@ class EvalArgs:
         from rich.console import Console
 
         from unweave.evaluation import evaluate
-        from unweave.sae import SAE
+        from unweave.sae import SAE, by_target
 
-        sae = SAE.load(self.sae)
-        with status(f"evaluating {self.sae}") as tick:
-            report = evaluate(
-                sae, **source_of(sae, self), hook=self.hook, tokens=self.tokens, device=self.device, seed=self.seed,
-                progress=tick,
-            )  # fmt: skip
-        Console().print(report.table())
-        path = self.out or self.sae / "eval.json"
-        report.save(path)
-        print(f"saved {path}")
+        for place, sae in by_target(SAE.load(self.sae)).items():
+            with status(f"evaluating {self.sae} {place}".rstrip()) as tick:
+                report = evaluate(
+                    sae, **source_of(sae, self), hook=self.hook, target=self.target, tokens=self.tokens,
+                    device=self.device, seed=self.seed, progress=tick,
+                )  # fmt: skip
+            Console().print(report.table())
+            path = self.out or self.sae / "eval.json"
+            path = path.with_stem(f"{path.stem}_{place.replace(':', '_')}") if place else path
+            report.save(path)
+            print(f"saved {path}")
 
 
 def source_of(sae: SAE, args: Any) -> dict[str, Any]:

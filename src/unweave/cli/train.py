@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,21 +28,28 @@ class TrainArgs:
     """"stdlib", a .txt, .jsonl or .parquet file, a folder of them, or a Hugging Face dataset."""
     hooks: Annotated[tuple[str, ...] | None, shown("NAME ...", "resid_post.1")] = None
     """Where to take activations: module paths, globs (h.*.mlp) or aliases (resid_post.1)."""
+    target: Annotated[tuple[str, ...] | None, shown("NAME ...", "none")] = None
+    """What transcoders predict from the hooks, one for each; makes --coder transcoder the default."""
+    coder: Annotated[Literal["sae", "transcoder", "crosscoder"] | None, shown("{sae,transcoder,crosscoder}", "sae")] = (
+        None
+    )
+    """An autoencoder of each hook, a transcoder from each hook to its target, or a crosscoder of all hooks."""
+    skip: bool = False
+    """Give transcoders a linear map from their input to their target."""
     tokens: Annotated[int | None, shown("N", "2,000,000")] = None
     """Tokens to train on."""
     out: Annotated[str | None, shown("FOLDER", "unweave-run")] = None
     """Folder for the SAEs, metrics.jsonl, eval.json and checkpoints."""
+    recipe: Annotated[str | None, shown("NAME", "none")] = None
+    """A published recipe (april_2024, topk, gemma_scope, ...), whose settings the others change."""
     d_sae: Annotated[int | None, shown("N", "16,384")] = None
     """Number of latents."""
-    activation: Annotated[
-        Literal["topk", "batchtopk", "relu", "jumprelu", "gated"] | None,
-        shown("{topk,batchtopk,relu,jumprelu,gated}", "topk"),
-    ] = None
-    """Activation function."""
-    k: Annotated[int | None, shown("K", "32")] = None
-    """Active latents per token, for topk and batchtopk."""
+    activation: Annotated[str | None, shown("NAME", "topk")] = None
+    """Activation function: topk, batchtopk, abstopk, groupmax, relu, tanhrelu, jumprelu, gated, or a registered one."""
+    k: Annotated[float | None, shown("K", "32")] = None
+    """Active latents per token, for topk, batchtopk (there it need not be whole), abstopk and groupmax."""
     l1: Annotated[float | None, shown("X", "0.1 * sqrt(d_in)")] = None
-    """L1 coefficient, for relu and gated."""
+    """L1 coefficient, for relu, tanhrelu and gated."""
     target_l0: Annotated[float | None, shown("X", "32")] = None
     """Mean number of active latents to reach, for jumprelu."""
     matryoshka: Annotated[tuple[float, ...] | None, shown("WIDTH ...", "none")] = None
@@ -52,6 +60,10 @@ class TrainArgs:
     """Coefficient of the pre-activation loss on dead latents, for jumprelu, relu and gated."""
     ghost: Annotated[float | None, shown("X", "none")] = None
     """Coefficient of ghost gradients for dead latents, in AuxK's place."""
+    normalize: Annotated[
+        Literal["scalar", "center", "whiten", "layer_norm", "constant_norm_rescale"] | None, shown("KIND", "scalar")
+    ] = None
+    """What is done to activations before training: scalar, center, whiten, layer_norm or constant_norm_rescale."""
     lr: Annotated[float | None, shown("X", "2e-4 / sqrt(d_sae / 16384)")] = None
     """Learning rate."""
     precision: Annotated[Literal["auto", "fp32", "bf16"] | None, shown("{auto,fp32,bf16}", "auto")] = None
@@ -87,11 +99,11 @@ class TrainArgs:
         from unweave.training import train
         from unweave.training.train import prepare
 
-        config = self.to_config()
+        config, model = self.prepared()
         if self.dry_run:
-            print(prepare(config).plan())
+            print(prepare(config, model).plan())
             return
-        result = train(config, resume=self.resume, overwrite=self.overwrite)
+        result = train(config, model=model, resume=self.resume, overwrite=self.overwrite)
         for folder in result.folders:
             print(f"saved {folder}")
         if self.eval_tokens:
@@ -99,6 +111,10 @@ class TrainArgs:
 
     def to_config(self) -> Any:
         """The run's TrainConfig: the TOML file or the resumed run's, with what was given on the line on top."""
+        return self.prepared()[0]
+
+    def prepared(self) -> tuple[Any, Any]:
+        """The run's TrainConfig, and the model if a recipe had to ask it for its width."""
         from unweave.training.config import TrainConfig, from_dict, to_dict
         from unweave.training.train import read_run_config
 
@@ -111,6 +127,8 @@ class TrainArgs:
                 settings[name] = getattr(self, name)
         if self.hooks is not None:
             settings["hooks"] = list(self.hooks)
+        if self.target is not None:
+            settings["targets"] = list(self.target)
         settings["out"] = self.out or settings.get("out") or out
         text = settings.setdefault("text", {})
         for name in ("context", "column", "held_out"):
@@ -118,25 +136,40 @@ class TrainArgs:
                 text[name] = getattr(self, name)
         if self.streaming:
             text["streaming"] = True
+        model = None
+        if self.recipe is not None:
+            if self.activation is not None:
+                raise UnweaveError(f"the recipe {self.recipe!r} has an activation function: leave out --activation.")
+            if settings.get("saes") and not self.resume:
+                raise UnweaveError(f"give the recipe {self.recipe!r} or the [[saes]] of a file, not both.")
+            sae, model = recipe_settings(self.recipe, settings)
+            settings["saes"] = [sae]
         settings["saes"] = [self.sae_settings(sae) for sae in settings.get("saes") or [{}]]
-        return from_dict(TrainConfig, settings)
+        return from_dict(TrainConfig, settings), model
 
     def sae_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings of one SAE with what was given on the line on top."""
-        for name in ("d_sae", "lr", "precision"):
+        from unweave.sae import ACTIVATIONS
+
+        for name in ("d_sae", "lr", "precision", "normalize"):
             if getattr(self, name) is not None:
                 settings[name] = getattr(self, name)
+        if self.coder is not None or (self.target is not None and settings.get("coder", "sae") == "sae"):
+            settings["coder"] = self.coder or "transcoder"
+        if self.skip:
+            settings["skip"] = True
         if self.activation is not None and settings.get("activation", {}).get("type") != self.activation:
             settings["activation"] = {"type": self.activation}
         kind = settings.get("activation", {"type": "topk"}).get("type")
+        with_k = [name for name, cls in ACTIVATIONS.items() if "k" in {f.name for f in dataclasses.fields(cls)}]
         for value, flag, kinds in (
-            (self.k, "--k", ("topk", "batchtopk")), (self.l1, "--l1", ("relu", "gated")),
+            (self.k, "--k", with_k), (self.l1, "--l1", ("relu", "tanhrelu", "gated")),
             (self.target_l0, "--target-l0", ("jumprelu",)),
         ):  # fmt: skip
-            if value is not None and kind not in kinds:
+            if value is not None and kind in ACTIVATIONS and kind not in kinds:
                 raise UnweaveError(f"{flag} goes with --activation {' or '.join(kinds)}, not with {kind}.")
         if self.k is not None:
-            settings["activation"] = {"type": kind, "k": self.k}
+            settings["activation"] = settings.get("activation", {"type": kind}) | {"k": self.k}
         if self.l1 is not None:
             settings["sparsity"] = {"type": "l1", "coefficient": self.l1}
         if self.target_l0 is not None:
@@ -147,6 +180,28 @@ class TrainArgs:
             if getattr(self, name) is not None:
                 settings[name] = (settings.get(name) or {}) | {key: getattr(self, name)}
         return settings
+
+
+def recipe_settings(name: str, settings: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """A recipe's settings as plain values, and the model if the recipe depends on the width of its activations."""
+    import torch
+
+    from unweave.models import capture, load_model, resolve_hooks
+    from unweave.training import recipes
+    from unweave.training.config import TrainConfig, to_dict
+
+    if not recipes.needs_width(name):
+        return to_dict(recipes.RECIPES[name]()), None
+    model = load_model(settings.get("model", TrainConfig.model), device=settings.get("device"))
+    hooks = resolve_hooks(model.module, settings.get("hooks", TrainConfig.hooks))
+    seen = capture(model.module, hooks, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device))
+    widths = {x.shape[-1] for x in seen.values()}
+    if len(widths) > 1:
+        raise UnweaveError(
+            f"the recipe {name!r} depends on the width, and these hooks have {sorted(widths)}: train them in runs of "
+            "their own."
+        )
+    return to_dict(recipes.RECIPES[name](d_in=widths.pop())), model
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -162,15 +217,18 @@ def evaluate_saved(result: Any, config: Any, tokens: int) -> list[Any]:
     from rich.console import Console
 
     from unweave.evaluation import evaluate
+    from unweave.sae import by_target
 
     reports = []
-    for sae, folder in zip(result.saes, result.folders, strict=True):
+    parts = [(p, f, t) for sae, f in zip(result.saes, result.folders, strict=True) for t, p in by_target(sae).items()]
+    for sae, folder, target in parts:
         with status(f"evaluating {folder}") as tick:
             report = evaluate(
-                sae, model=result.model, data=config.data, hook=sae.metadata["hf_hook_name"], tokens=tokens,
-                data_config=config.text, masks=config.masks, seed=config.seed, progress=tick,
+                sae, model=result.model, data=config.data, tokens=tokens, data_config=config.text, masks=config.masks,
+                seed=config.seed, progress=tick,
             )  # fmt: skip
-        path = folder.parent / "eval.json" if folder.name == "sae" else folder / "eval.json"
+        name = f"eval_{target.replace(':', '_')}.json" if target else "eval.json"
+        path = folder.parent / name if folder.name == "sae" else folder / name
         report.save(path)
         Console().print(report.table())
         print(f"saved {path}")

@@ -7,6 +7,7 @@ Face models are built, `reproduces` compares with the model as it is before any 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from unweave.evaluation.replay import Recording, layers_before, replay
-from unweave.models import Hook, splice
+from unweave.models import Edit, Hook, splice
 
 
 def log_probabilities(logits: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:
@@ -39,6 +40,8 @@ class Run(NamedTuple):
     """Outputs of the layers that a changed run needs not compute again."""
     output_type: type
     """What the body returns its hidden states in."""
+    read: list[Float[Tensor, "..."]]
+    """What passed the hooks that are only looked at, in their order."""
 
 
 class CausalLM:
@@ -47,10 +50,11 @@ class CausalLM:
     Args:
         module: The model; `obstacle(module, hook)` must be None.
         hook: Where its activation is looked at and replaced, inside the body.
+        reads: Where else it is looked at in a clean run; by default only there.
     """
 
-    def __init__(self, module: nn.Module, hook: Hook) -> None:
-        self.module, self.hook = module, hook
+    def __init__(self, module: nn.Module, hook: Hook, reads: Sequence[Hook] = ()) -> None:
+        self.module, self.hook, self.reads = module, hook, list(reads)
         self.body: nn.Module = _base_model(module)
         self._before = layers_before(module, hook)
 
@@ -67,17 +71,23 @@ class CausalLM:
 
     def run(self, ids: Int64[Tensor, "prompts context"], real: Bool[Tensor, "prompts context"]) -> Run:
         """Run a batch unchanged."""
-        seen: list[Tensor] = []
+        seen: dict[Hook, Tensor] = {}
         recording = Recording(self._before)
 
-        def look(activation: Tensor) -> Tensor:
-            seen.append(activation.clone())
-            recording.stop()
-            return activation
+        def looking_at(hook: Hook) -> Edit:
+            def look(activation: Tensor) -> Tensor:
+                seen.setdefault(hook, activation.clone())
+                if hook == self.hook:
+                    recording.stop()
+                return activation
 
-        with recording, splice(self.module, {self.hook: look}):
+            return look
+
+        looks = {hook: looking_at(hook) for hook in (*self.reads, self.hook)}
+        with recording, splice(self.module, looks):
             output = self._body_output(ids, real)
-        return Run(seen[0], output.last_hidden_state, recording.outputs, type(output))
+        read = [seen[hook] for hook in self.reads]
+        return Run(seen[self.hook], output.last_hidden_state, recording.outputs, type(output), read)
 
     def rerun(
         self,

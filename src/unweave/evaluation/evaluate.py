@@ -33,7 +33,15 @@ from unweave.evaluation.metrics import (
 )
 from unweave.evaluation.provenance import provenance
 from unweave.evaluation.report import Report
-from unweave.evaluation.sample import Source, default_data_config, default_masks, first_rows, hook_of, open_rows, passes
+from unweave.evaluation.sample import (
+    Source,
+    default_data_config,
+    default_masks,
+    first_rows,
+    open_rows,
+    passes,
+    places_of,
+)
 from unweave.evaluation.weights import weight_cosines
 from unweave.models import LoadedModel, load_model
 from unweave.sae import SAE
@@ -48,6 +56,7 @@ def evaluate(
     model: LoadedModel | nn.Module | str | Path,
     data: Any,
     hook: str | None = None,
+    target: str | None = None,
     tokens: int = 200_000,
     batch_prompts: int = 32,
     data_config: DataConfig | None = None,
@@ -68,6 +77,8 @@ def evaluate(
         data: Text or tokens in any form that `TokenRows` takes, of which the held-out documents are read; `TokenRows`,
             read on from where they are and then put back; or a list of `TokenBatch`.
         hook: Where the SAE belongs; by default where its metadata says (`hf_hook_name`, else `hook_name`).
+        target: Where a transcoder's output belongs; by default where its metadata says (`hf_hook_name_out`). Errors and
+            effects on the model are those of its prediction there, and `hook` is what it reads.
         tokens: Read rows until they hold this many tokens, padding not counted.
         batch_prompts: Rows in a forward pass. Only `explained_variance_legacy`, defined per pass, depends on it.
         data_config: How documents become rows, by default as the SAE's metadata says. `held_out` must be that of the
@@ -92,13 +103,13 @@ def evaluate(
         model.module.to(device)
     if sae.device != model.device:
         sae = copy.deepcopy(sae).to(model.device)
-    place = hook_of(sae, model, hook)
+    reads, place = places_of(sae, model, hook, target)
     config = replace(data_config or default_data_config(sae), seed=seed)
     with torch.no_grad(), _evaluating(sae, model.module), open_rows(data, model, config) as (rows, source):
         batches = passes(rows, batch_prompts, tokens)
         if not (first := first_rows(batches, MEDIAN_PROMPTS)):
             raise UnweaveError(f"{source.name} hold no rows to evaluate on.")
-        measured = Measurement(sae, model, place, masks or default_masks(sae), first)
+        measured = Measurement(sae, model, place, masks or default_masks(sae), first, reads)
         measured.notes += _foreign_model(sae, model)
         for batch in chain(first, batches):
             measured.add(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,10 +28,11 @@ class Measurement:
     Args:
         sae: The SAE.
         model: The model.
-        hook: Where the SAE belongs.
+        hook: Where the SAE belongs: where its output takes the activation's place.
         masks: Which tokens do not count.
         first: Batches of the first `MEDIAN_PROMPTS` rows or more, to check that all fits together and to measure the
             median norm. They are not added.
+        reads: The hooks that a transcoder reads, whose activations lie side by side; None: `hook` itself.
 
     Attributes:
         reconstruction: Sums over unmasked tokens.
@@ -49,8 +51,18 @@ class Measurement:
             or infinite.
     """
 
-    def __init__(self, sae: SAE, model: LoadedModel, hook: Hook, masks: MaskConfig, first: list[TokenBatch]) -> None:
+    def __init__(
+        self,
+        sae: SAE,
+        model: LoadedModel,
+        hook: Hook,
+        masks: MaskConfig,
+        first: list[TokenBatch],
+        reads: Sequence[Hook] | None = None,
+    ) -> None:
         self.sae, self.model, self.hook = sae, model, hook
+        self.reads = [hook] if reads is None else list(reads)
+        self._hooks = list(dict.fromkeys([*self.reads, hook]))
         self.reconstruction, self.codes, self.behaviour = ReconstructionSums(), CodeSums(sae.d_sae), BehaviourSums()
         self.context = first[0].ids.shape[1]
         self.masks = Masks(masks, model.tokenizer, self.context)
@@ -67,13 +79,15 @@ class Measurement:
         check_fit(self.model, batch)
         ids, real = self._on_device(batch)
         run = self._lm.run(ids, real) if self._lm else None
-        x, mask = self._unmasked(batch, run.activation if run else self._activation(ids, real))
+        seen = dict(zip(self._hooks, run.read, strict=True)) if run else self._activations(ids, real)
+        rows, mask = self._unmasked(batch, seen)
+        x, y = torch.cat([rows[hook] for hook in self.reads], 1), rows[self.hook]
         codes = self.sae.encode_sparse(x)
-        x_hat = self.sae.decode(codes)
-        self.reconstruction.update(x, x_hat)
+        y_hat = self.sae.output(codes, x)
+        self.reconstruction.update(y, y_hat)
         self.codes.update(codes, mask.nonzero()[:, 0])
         if self._lm and run:
-            add_behaviour(self.behaviour, self._lm, run, ids, real, mask, x_hat)
+            add_behaviour(self.behaviour, self._lm, run, ids, real, mask, y_hat)
         self.token_hash.update(batch)
         self.passes += 1
         self.prompts += len(batch)
@@ -82,63 +96,76 @@ class Measurement:
     def _on_device(self, batch: TokenBatch) -> tuple[Int64[Tensor, "n context"], Bool[Tensor, "n context"]]:
         return batch.ids.to(self.model.device), batch.real.to(self.model.device)
 
-    def _activation(self, ids: Tensor, real: Tensor) -> Float[Tensor, "..."]:
+    def _activations(self, ids: Tensor, real: Tensor) -> dict[Hook, Float[Tensor, "..."]]:
         inputs: dict[str, Any] = {"input_ids": ids}
         if not bool(real.all()):
             inputs["attention_mask"] = real.long()
-        (activation,) = capture(self.model.module, [self.hook], **inputs).values()
-        return activation
+        captured = capture(self.model.module, self._hooks, **inputs)
+        return {hook: captured[str(hook)] for hook in self._hooks}
 
     def _unmasked(
-        self, batch: TokenBatch, activation: Float[Tensor, "..."]
-    ) -> tuple[Float[Tensor, "n_tokens d_in"], Bool[Tensor, "n context"]]:
-        """The activations that count, and where they are."""
-        mask = self.masks.by_token(batch).to(activation.device)
-        x, lengths = self._rows(batch, activation, mask)
-        if len(x):
-            kept = self.masks.by_norm({str(self.hook): lengths})
+        self, batch: TokenBatch, seen: dict[Hook, Float[Tensor, "..."]]
+    ) -> tuple[dict[Hook, Float[Tensor, "n_tokens d"]], Bool[Tensor, "n context"]]:
+        """The activations that count at each hook, and where they are."""
+        mask = self.masks.by_token(batch).to(self.model.device)
+        rows = {hook: self._rows(batch, hook, activation, mask) for hook, activation in seen.items()}
+        self._check_widths({hook: x.shape[1] for hook, x in rows.items()})
+        if len(rows[self.hook]):
+            kept = self.masks.by_norm({str(hook): self._lengths(hook, x) for hook, x in rows.items()})
             mask[mask.clone()] = kept
-            x = x[kept]
-        return x, mask
+            rows = {hook: x[kept] for hook, x in rows.items()}
+        return rows, mask
 
     def _rows(
-        self, batch: TokenBatch, activation: Float[Tensor, "..."], mask: Bool[Tensor, "n context"]
-    ) -> tuple[Float[Tensor, "n_tokens d_in"], Float[Tensor, " n_tokens"]]:
-        """The activations at some tokens, and their lengths."""
+        self, batch: TokenBatch, hook: Hook, activation: Float[Tensor, "..."], mask: Bool[Tensor, "n context"]
+    ) -> Float[Tensor, "n_tokens d"]:
+        """The activations at some tokens."""
         n_tokens = batch.ids.numel()
         if activation.shape[:2] != batch.ids.shape and activation.shape[0] != n_tokens:
             shapes = f"{tuple(activation.shape)} for tokens of shape {tuple(batch.ids.shape)}"
-            raise UnweaveError(f"{str(self.hook)!r} gives activations of shape {shapes}: not one per token.")
-        x = activation.reshape(n_tokens, -1)[mask.flatten()]
-        if x.shape[1] != self.sae.d_in:
-            raise UnweaveError(
-                f"the SAE takes activations of width {self.sae.d_in}, but {str(self.hook)!r} of {self.model.name!r} "
-                f"gives {x.shape[1]}."
-            )
+            raise UnweaveError(f"{str(hook)!r} gives activations of shape {shapes}: not one per token.")
+        return activation.reshape(n_tokens, -1)[mask.flatten()]
+
+    def _check_widths(self, widths: dict[Hook, int]) -> None:
+        for verb, hooks, expected in (("takes", self.reads, self.sae.d_in), ("predicts", [self.hook], self.sae.d_out)):
+            found = sum(widths[hook] for hook in hooks)
+            if found != expected:
+                places = ", ".join(repr(str(hook)) for hook in hooks)
+                raise UnweaveError(
+                    f"the SAE {verb} activations of width {expected}, but {places} of {self.model.name!r} gives "
+                    f"{found}."
+                )
+
+    def _lengths(self, hook: Hook, x: Float[Tensor, "n_tokens d"]) -> Float[Tensor, " n_tokens"]:
         lengths = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
         if not bool(lengths.isfinite().all()):
-            raise UnweaveError(f"the activations at {str(self.hook)!r} are NaN or infinite in pass {self.passes + 1}.")
-        return x, lengths
+            raise UnweaveError(f"the activations at {str(hook)!r} are NaN or infinite in pass {self.passes + 1}.")
+        return lengths
 
     def _measure_median(self, first: list[TokenBatch]) -> None:
         """Fix what "too long" means from a fixed number of rows, so that it depends on no batch size."""
         masks = Masks(self.masks.config, self.model.tokenizer, self.context)  # counts apart from the evaluation's
-        lengths, seen = [], 0
+        lengths: dict[Hook, list[Tensor]] = {hook: [] for hook in self._hooks}
+        read = 0
         for batch in first:
             check_fit(self.model, batch)
-            batch = rows_of(batch, slice(MEDIAN_PROMPTS - seen))
-            seen += len(batch)
-            activation = self._activation(*self._on_device(batch))
-            lengths.append(self._rows(batch, activation, masks.by_token(batch).to(self.model.device))[1])
-        together = torch.cat(lengths)
-        if len(together):
-            self.masks.report.median_norm = {str(self.hook): float(together.median())}
+            batch = rows_of(batch, slice(MEDIAN_PROMPTS - read))
+            read += len(batch)
+            mask = masks.by_token(batch).to(self.model.device)
+            seen = self._activations(*self._on_device(batch))
+            rows = {hook: self._rows(batch, hook, activation, mask) for hook, activation in seen.items()}
+            self._check_widths({hook: x.shape[1] for hook, x in rows.items()})
+            for hook, x in rows.items():
+                lengths[hook].append(self._lengths(hook, x))
+        together = {str(hook): torch.cat(parts) for hook, parts in lengths.items()}
+        if len(together[str(self.hook)]):
+            self.masks.report.median_norm = {name: float(x.median()) for name, x in together.items()}
 
     def _causal_lm(self, batch: TokenBatch) -> CausalLM | None:
         module = self.model.module
         obstacle = CausalLM.obstacle(module, self.hook)
         if obstacle is None:
-            lm = CausalLM(module, self.hook)
+            lm = CausalLM(module, self.hook, self._hooks)
             if lm.reproduces(batch.ids[:1].to(self.model.device)):
                 return lm
             obstacle = f"the predictions of {type(module).__name__} could not be reproduced from earlier tokens"

@@ -38,8 +38,10 @@ def provenance(measured: Measurement, source: Source, *, tokens: int, batch_prom
         "passes": measured.passes,
         "device": str(model.device),
         "hook": str(measured.hook),
+        "reads": [str(hook) for hook in measured.reads],
         "sae": {
             "d_in": sae.d_in,
+            "d_out": sae.d_out,
             "d_sae": sae.d_sae,
             "activation": type(sae.activation).__name__,
             "dtype": str(sae.dtype).removeprefix("torch."),

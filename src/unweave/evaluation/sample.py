@@ -9,14 +9,12 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from unweave._errors import UnweaveError
 from unweave.activations import DataConfig, MaskConfig, TokenBatch, TokenRows
 from unweave.models import Hook, LoadedModel, resolve_hooks
-
-if TYPE_CHECKING:
-    from unweave.sae import SAE
+from unweave.sae import SAE, Crosscoder, Transcoder
 
 Config = TypeVar("Config", DataConfig, MaskConfig)
 
@@ -159,9 +157,44 @@ class TokenHash:
 
 def hook_of(sae: SAE, model: LoadedModel, name: str | None) -> Hook:
     """The one hook that a name stands for; without a name, where the SAE's metadata say that it belongs."""
-    name = name or sae.metadata.get("hf_hook_name") or sae.metadata.get("hook_name")
-    if name is None:
+    if name is not None:
+        return _one_hook(model, name)
+    known = sae.metadata.get("hf_hook_name") or sae.metadata.get("hook_name")
+    if known is None:
         raise UnweaveError("the SAE's metadata name no hook: say where it belongs with hook='...'.")
+    head = sae.metadata.get("hook_head_index")
+    return _one_hook(model, known if head is None or "#" in known else f"{known}#{head}")
+
+
+def places_of(sae: SAE, model: LoadedModel, hook: str | None, target: str | None) -> tuple[list[Hook], Hook]:
+    """Where a coder reads, and where its output takes the activation's place.
+
+    Args:
+        sae: An SAE, which reads where it writes, or a transcoder.
+        model: The model that it belongs to.
+        hook: What it reads; None: what its metadata say.
+        target: What it predicts; None: what its metadata say. Only for transcoders.
+
+    Raises:
+        UnweaveError: If one of them is not known, a target is given for an SAE, or the coder predicts at several hooks.
+    """
+    metadata = sae.metadata
+    if isinstance(sae, Crosscoder):
+        raise UnweaveError("a crosscoder predicts at several hooks: evaluate crosscoder.at(hook), hook by hook.")
+    if not isinstance(sae, Transcoder):
+        if target is not None:
+            raise UnweaveError(f"only a transcoder has a target, and this is an SAE: leave out target={target!r}.")
+        place = hook_of(sae, model, hook)
+        return [place], place
+    target = target or metadata.get("hf_hook_name_out") or metadata.get("hook_name_out")
+    if target is None:
+        raise UnweaveError("the transcoder's metadata name no hook for its output: say where with target='...'.")
+    several = metadata.get("hf_hook_names") if hook is None else None
+    reads = [_one_hook(model, name) for name in several] if several else [hook_of(sae, model, hook)]
+    return reads, _one_hook(model, target)
+
+
+def _one_hook(model: LoadedModel, name: str) -> Hook:
     hooks = resolve_hooks(model.module, [name])
     if len(hooks) > 1:
         raise UnweaveError(f"an SAE belongs to one hook, but {name!r} matches {len(hooks)}, such as {str(hooks[0])!r}.")

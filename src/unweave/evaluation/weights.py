@@ -64,9 +64,11 @@ def max_cosine(vectors: Float[Tensor, "n d"], tile: int | None = None) -> Float[
 
 
 def encoder_decoder_cosine(
-    W_enc: Float[Tensor, "d_in d_sae"], W_dec: Float[Tensor, "d_sae d_in"]
+    W_enc: Float[Tensor, "d_in d_sae"], W_dec: Float[Tensor, "d_sae d_out"]
 ) -> Float[Tensor, " d_sae"]:
-    """`cos(W_enc[:, i], W_dec[i])` of each latent; NaN where either is zero."""
+    """`cos(W_enc[:, i], W_dec[i])` of each latent; NaN where either is zero, or their widths differ."""
+    if W_enc.shape[0] != W_dec.shape[1]:  # a transcoder between spaces
+        return W_dec.new_full((len(W_dec),), torch.nan, dtype=torch.float32)
     encoder, decoder = W_enc.detach().T.float(), W_dec.detach().float()
     exists = (encoder != 0).any(1) & (decoder != 0).any(1)
     cosine = torch.linalg.vecdot(normalize(encoder, dim=1), normalize(decoder, dim=1)).clamp(-1, 1)

@@ -12,6 +12,7 @@ block reads, `blocks.N.hook_resid_post` the sum before that norm. `hook_z` has i
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -147,7 +148,8 @@ def tl_name(module: nn.Module, hook: Hook) -> str | None:
     Returns:
         The name, or None where TransformerLens has no tensor that is exactly this one.
     """
-    return next((alias for alias, place in aliases(module).items() if "hook_" in alias and place == str(hook)), None)
+    place = str(replace(hook, columns=None))  # TransformerLens names the whole tensor
+    return next((alias for alias, where in aliases(module).items() if "hook_" in alias and where == place), None)
 
 
 def _table(block: nn.Module) -> Table | None:

@@ -32,13 +32,29 @@ class Hook:
         path: Path of the submodule, as in `module.get_submodule(path)`.
         side: `"in"`: its first positional tensor, or else its keyword `hidden_states`. `"out"`: the first tensor of
             what it returns.
+        columns: First and end of the columns that count, of an activation whose heads lie side by side; None: all.
     """
 
     path: str
     side: Literal["in", "out"] = "out"
+    columns: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        return self.path if self.side == "out" else f"{self.path}:in"
+        place = self.path if self.side == "out" else f"{self.path}:in"
+        return place if self.columns is None else f"{place}#{self.columns[0]}:{self.columns[1]}"
+
+    def part_of(self, activation: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """What of the activation this hook is about; with columns a view in which heads lie side by side.
+
+        Raises:
+            UnweaveError: If it has fewer columns.
+        """
+        if self.columns is None:
+            return activation
+        side_by_side = _side_by_side(activation)
+        if side_by_side.shape[-1] < self.columns[1]:
+            raise UnweaveError(f"{str(self)!r} goes beyond the {side_by_side.shape[-1]} columns that there are")
+        return side_by_side[..., slice(*self.columns)]
 
 
 def capture(
@@ -68,7 +84,8 @@ def capture(
 
     def keep(hook: Hook, activation: Tensor) -> None:
         if hook not in seen:
-            seen[hook] = activation.clone() if grad else activation.detach().clone()
+            part = hook.part_of(activation)
+            seen[hook] = part.clone() if grad else part.detach().clone()
         if len(seen) == len(wanted):
             raise _AllSeen
 
@@ -96,15 +113,26 @@ def splice(module: nn.Module, edits: Mapping[Hook, Edit]) -> Iterator[None]:
     """
 
     def replace(hook: Hook, activation: Tensor) -> Tensor:
-        new = edits[hook](activation)
-        if new.shape != activation.shape:
+        part = hook.part_of(activation)
+        new = edits[hook](part)
+        if new.shape != part.shape:
             raise UnweaveError(
-                f"the replacement at {str(hook)!r} has shape {tuple(new.shape)}, not {tuple(activation.shape)}"
+                f"the replacement at {str(hook)!r} has shape {tuple(new.shape)}, not {tuple(part.shape)}"
             )
-        return new.to(activation.dtype)
+        new = new.to(activation.dtype)
+        if hook.columns is None:
+            return new
+        rest = _side_by_side(activation)
+        first, end = hook.columns
+        return torch.cat([rest[..., :first], new, rest[..., end:]], -1).reshape(activation.shape)
 
     with _attached(module, edits, replace):
         yield
+
+
+def _side_by_side(activation: Float[Tensor, "..."]) -> Float[Tensor, "... d"]:
+    """An activation whose heads have an axis of their own, with them in one axis."""
+    return activation.flatten(2) if activation.ndim > 3 else activation
 
 
 class _AllSeen(BaseException):

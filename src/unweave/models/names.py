@@ -2,11 +2,13 @@
 
 A name is looked up as a whole module path first, then as an alias, then as the end of a path, so that `h.3` finds
 `transformer.h.3`, and `h.*.mlp` the MLP of every block. In a glob, `*`, `?` and `[...]` match within one component.
+What follows a `#` says which part of the activation counts: one head, or a range of columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Literal, cast
 
@@ -23,7 +25,8 @@ def resolve_hooks(module: nn.Module, names: Sequence[str]) -> list[Hook]:
     Args:
         module: The model.
         names: Module paths (`transformer.h.3`), their ends (`h.3`), globs (`h.*.mlp`), each with `:in` or `:out`
-            (the default) behind it, or aliases (`resid_post.3`, `blocks.3.hook_resid_post`, `resid_post.*`).
+            (the default) behind it, or aliases (`resid_post.3`, `blocks.3.hook_resid_post`, `resid_post.*`). Behind a
+            name, `#2` takes the third head of what attention mixes (`hook_z`), `#64:96` columns of any activation.
 
     Returns:
         Each hook once, in the order of the modules, a module's input before and its output after all that is in it;
@@ -34,7 +37,11 @@ def resolve_hooks(module: nn.Module, names: Sequence[str]) -> list[Hook]:
     """
     paths = [path for path, _ in module.named_modules(remove_duplicate=False) if path]
     known = aliases(module)
-    hooks = {hook for name in names for hook in _lookup(module, name, paths, known)}
+    hooks = {
+        replace(hook, columns=_columns(module, hook, part) if sign else None)
+        for place, sign, part in (name.partition("#") for name in names)
+        for hook in _lookup(module, place, paths, known)
+    }
 
     enter = {path: index for index, path in enumerate(["", *paths])}
     leave = dict(enter)
@@ -42,8 +49,10 @@ def resolve_hooks(module: nn.Module, names: Sequence[str]) -> list[Hook]:
         parent = path.rpartition(".")[0]
         leave[parent] = max(leave[parent], leave[path])
 
-    def order(hook: Hook) -> tuple[int, int, int]:
-        return (enter[hook.path], 0, 0) if hook.side == "in" else (leave[hook.path], 1, -enter[hook.path])
+    def order(hook: Hook) -> tuple[int, int, int, tuple[int, int]]:
+        columns = hook.columns or (0, 0)
+        at_input = hook.side == "in"
+        return (enter[hook.path], 0, 0, columns) if at_input else (leave[hook.path], 1, -enter[hook.path], columns)
 
     return sorted(hooks, key=order)
 
@@ -63,6 +72,33 @@ def _lookup(module: nn.Module, name: str, paths: list[str], known: dict[str, str
     if len(ends) > 1 and not any(sign in pattern for sign in "*?["):
         raise UnweaveError(f"hook {name!r} could be any of {len(ends)} modules, such as {ends[0]!r} and {ends[1]!r}")
     return [_hook(path, side) for path in ends]
+
+
+def _columns(module: nn.Module, hook: Hook, part: str) -> tuple[int, int]:
+    """The columns that `part` stands for: `64:96`, or the number of a head."""
+    first, colon, end = part.partition(":")
+    if colon and first.isdigit() and end.isdigit() and int(first) < int(end):
+        return int(first), int(end)
+    if colon or not part.isdigit():
+        raise UnweaveError(f"'#{part}' behind {str(hook)!r} is neither a head, such as #2, nor columns, such as #64:96")
+    width, n_heads = head_shape(module, hook)
+    if int(part) >= n_heads:
+        raise UnweaveError(f"{str(hook)!r} has the heads 0 to {n_heads - 1}, and no head {part}")
+    return int(part) * width, (int(part) + 1) * width
+
+
+def head_shape(module: nn.Module, hook: Hook) -> tuple[int, int]:
+    """Width and number of the heads that lie side by side at a hook.
+
+    Raises:
+        UnweaveError: If it is not what attention mixes (`hook_z`), or the model does not say.
+    """
+    places = {place for alias, place in aliases(module).items() if alias.endswith("hook_z")}
+    config = getattr(module, "config", None)
+    n_heads, d_model = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
+    if str(hook) not in places or n_heads is None or d_model is None:
+        raise UnweaveError(f"{str(hook)!r} has no heads that are known; name columns instead, such as #64:96")
+    return getattr(config, "head_dim", None) or d_model // n_heads, n_heads
 
 
 def _hook(path: str, side: str = "") -> Hook:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from unweave._errors import UnweaveError
-from unweave.objectives.penalties import decoder_norms
-from unweave.sae import SAE, JumpReLU
+from unweave.objectives.schedules import Schedule
+from unweave.sae import SAE, ops
 
 ROWS = 512
 """Rows whose dead pre-activations exist at the same time."""
@@ -32,9 +32,11 @@ class PreActivation:
 
     Attributes:
         coefficient: Multiplies the loss, for inputs scaled to a mean squared norm of d_in (3e-6 as published).
+        schedule: Multiplies the coefficient; None: it stays.
     """
 
     coefficient: float = 3e-6
+    schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         if self.coefficient < 0:
@@ -49,9 +51,11 @@ class GhostGradients:
 
     Attributes:
         coefficient: Relative to the main loss, to whose size the ghosts' error is rescaled on every token.
+        schedule: Multiplies the coefficient; None: it stays.
     """
 
     coefficient: float = 1.0
+    schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         if self.coefficient < 0:
@@ -115,10 +119,9 @@ def dead_latents_loss(
     W_enc, W_dec, b_enc = sae.W_enc.T[latents], sae.W_dec[latents], sae.b_enc[latents]
     if sae.apply_b_dec_to_input:
         b_enc = b_enc - W_enc @ sae.b_dec  # a mat-vec; centring x would add a product to the backward pass
-    threshold, norms = torch.zeros_like(b_enc), decoder_norms(W_dec)
-    if isinstance(sae.activation, JumpReLU):
-        assert sae.threshold is not None
-        threshold = sae.threshold[latents]
+    threshold, norms = torch.zeros_like(b_enc), ops.row_norms(W_dec)
+    if sae.threshold is not None:  # a scalar where latents share it
+        threshold = sae.threshold.expand(sae.d_sae)[latents]
 
     def summed(x: Tensor, e: Tensor) -> Tensor:
         pre, loss = torch.addmm(b_enc, x, W_enc.T), x.new_zeros(())

@@ -16,7 +16,11 @@ def open_gate(pre: Codes) -> Codes:
 
 
 def gate_error(
-    gate: Codes, W_dec: Float[Tensor, "d_sae d"], b_dec: Float[Tensor, " d"], x: Float[Tensor, "n d"]
+    gate: Codes,
+    W_dec: Float[Tensor, "d_sae d"],
+    b_dec: Float[Tensor, "*n d"],
+    x: Float[Tensor, "n d"],
+    weights: Float[Tensor, "..."] | None = None,
 ) -> Float[Tensor, ""]:
     """Squared error of the reconstruction `gate @ W_dec + b_dec`.
 
@@ -27,5 +31,6 @@ def gate_error(
         W_dec: Decoder; gets no gradient.
         b_dec: Decoder bias; gets no gradient.
         x: Inputs.
+        weights: Of each token's error; see `error_weights`.
     """
-    return squared_error(ops.decode(gate, W_dec.detach()) + b_dec.detach(), x)
+    return squared_error(ops.decode(gate, W_dec.detach()) + b_dec.detach(), x, weights)

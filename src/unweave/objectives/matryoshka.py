@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -51,12 +53,55 @@ class Matryoshka:
         return tuple(dict.fromkeys([*ends, d_sae]))
 
 
+@dataclass(frozen=True)
+class RandomMatryoshka:
+    """Prefixes that are drawn anew at every step. Two laws are published, both under the name Pareto.
+
+    Attributes:
+        prefixes: Number of prefixes, the whole dictionary included. Equal ones count once.
+        law: "sqrt": P(width <= l) = sqrt(l / d_sae), the Matryoshka authors' code; half of the prefixes hold at least a
+            quarter of the latents. "inverse_sqrt": P(width <= l) = 1 - 1 / sqrt(l), all different, as in saev; half of
+            them hold at most about ten latents.
+    """
+
+    prefixes: int = 10
+    law: Literal["sqrt", "inverse_sqrt"] = "sqrt"
+
+    def __post_init__(self) -> None:
+        if self.prefixes < 2:
+            raise UnweaveError(f"RandomMatryoshka needs at least 2 prefixes, got {self.prefixes}.")
+        if self.law not in ("sqrt", "inverse_sqrt"):
+            raise UnweaveError(f"the law of random prefixes is 'sqrt' or 'inverse_sqrt', got {self.law!r}.")
+
+    def check(self, d_sae: int) -> None:
+        """Raise an UnweaveError if there are not as many different prefixes."""
+        if self.prefixes > d_sae - (self.law == "inverse_sqrt"):
+            raise UnweaveError(f"there are no {self.prefixes} different random prefixes at d_sae={d_sae}.")
+
+    def draw(self, d_sae: int, generator: torch.Generator) -> tuple[int, ...]:
+        """Width of each prefix of a step, ascending, the last `d_sae`."""
+        widths: dict[int, None] = {}
+        n = self.prefixes - 1
+        if self.law == "sqrt":
+            u = torch.rand(n, generator=generator, dtype=torch.float64)
+            drawn = (d_sae * u.square()).ceil().clamp(1, d_sae).long().tolist()
+            return tuple(sorted({*drawn, d_sae}))
+        # Drawing without replacement is drawing until enough different widths below d_sae came up.
+        below = 1 - (d_sae - 1) ** -0.5
+        while len(widths) < n:
+            u = torch.rand(4 * n, generator=generator, dtype=torch.float64) * below
+            drawn = (1 - u).pow(-2).ceil().clamp(2, d_sae - 1).long().tolist()
+            widths |= dict.fromkeys(drawn)
+        return tuple(sorted([*list(widths)[:n], d_sae]))
+
+
 def matryoshka_error(
     codes: Codes,
     W_dec: Float[Tensor, "d_sae d"],
     b_dec: Float[Tensor, " d"],
     x: Float[Tensor, "n d"],
     widths: Sequence[int],
+    weights: Float[Tensor, "..."] | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "n d"]]:
     """`mean over prefixes of the squared error of b_dec + codes[:, :width] @ W_dec[:width]`.
 
@@ -69,6 +114,7 @@ def matryoshka_error(
         b_dec: Decoder bias.
         x: Inputs.
         widths: Width of each prefix, ascending, the last `d_sae`.
+        weights: Of each token's error; see `error_weights`.
 
     Returns:
         The loss, and the reconstruction of the whole dictionary.
@@ -76,7 +122,7 @@ def matryoshka_error(
     error, x_hat = x.new_zeros(()), b_dec
     for block in _blocks(codes, W_dec, widths):
         x_hat = x_hat + block
-        error = error + squared_error(x_hat, x)
+        error = error + squared_error(x_hat, x, weights)
     return error / len(widths), x_hat
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unweave._errors import UnweaveError
 from unweave.objectives.reconstruction import squared_error
+from unweave.objectives.schedules import Schedule
 from unweave.sae import ops
 from unweave.sae.codes import SparseCodes
 
@@ -25,10 +26,12 @@ class MultiTopK:
         k: Latents of the second reconstruction (per token; for BatchTopK on average). None: four times the activation
             function's k, at most d_sae.
         coefficient: Relative to the main reconstruction, whose squared error is measured alike (1/8 as published).
+        schedule: Multiplies the coefficient; None: it stays.
     """
 
     k: int | None = None
     coefficient: float = 1 / 8
+    schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         if self.coefficient < 0 or (self.k is not None and self.k < 1):
@@ -47,14 +50,23 @@ class MultiTopK:
 
 
 def multi_topk_error(
-    extra: SparseCodes, W_dec: Float[Tensor, "d_sae d"], x_hat: Float[Tensor, "n d"], x: Float[Tensor, "n d"]
+    extra: SparseCodes,
+    W_dec: Float[Tensor, "d_sae d"],
+    x_hat: Float[Tensor, "n d"],
+    x: Float[Tensor, "n d"],
+    weights: Float[Tensor, "..."] | None = None,
+    signed: bool = False,
 ) -> Float[Tensor, ""]:
     """Squared error of the reconstruction with the larger k, without its coefficient.
 
     Args:
-        extra: Pre-activations that the larger k selects beside those in `x_hat`; the negative ones count as 0.
+        extra: Pre-activations that the larger k selects beside those in `x_hat`; the negative ones count as 0 unless
+            codes are signed.
         W_dec: Decoder.
         x_hat: Reconstruction with the activation function's own k; gets a gradient too.
         x: Inputs.
+        weights: Of each token's error; see `error_weights`.
+        signed: Whether codes may be negative (AbsTopK).
     """
-    return squared_error(x_hat + ops.decode(extra.with_values(extra.values.relu()), W_dec), x)
+    codes = extra if signed else extra.with_values(extra.values.relu())
+    return squared_error(x_hat + ops.decode(codes, W_dec), x, weights)

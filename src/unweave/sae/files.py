@@ -3,10 +3,14 @@
 A folder holds `cfg.json` and `sae_weights.safetensors`. `save` writes the inference form: BatchTopK becomes JumpReLU
 with one common threshold. `save_training_form` keeps what training had: the k, and BatchTopK's scalar threshold. `load`
 reads both. Nothing is unpickled, shapes are checked before anything is built, and unknown keys are kept as metadata.
+
+Activation functions that SAELens does not have (GroupMax, TanhReLU, registered ones) get an architecture of their own
+name, so that other readers refuse them instead of reading them wrongly. Their fields stand in `metadata.unweave`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -18,29 +22,48 @@ from torch import Tensor
 
 from unweave._errors import UnweaveError, nearest
 from unweave._files import atomic_path, write_json, write_tensors
-from unweave.sae.activation_fns import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from unweave.sae import temporal_files
+from unweave.sae.activation import ACTIVATIONS, Activation, describe
+from unweave.sae.activation_fns import AbsTopK, BatchTopK, Gated, TopK
+from unweave.sae.coder_files import KEYS, build, coder_config, name_of, split_name
+from unweave.sae.normalization import PER_TOKEN
+from unweave.sae.pursuit import MatchingPursuit, Pursuit
 from unweave.sae.sae import SAE
+from unweave.sae.temporal import TemporalSAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_ARCHITECTURES = ("standard", "topk", "batchtopk", "matryoshka_batchtopk", "jumprelu", "gated")
+_ARCHITECTURES = {
+    "standard": "relu", "topk": "topk", "abstopk": "abstopk", "batchtopk": "batchtopk",
+    "matryoshka_batchtopk": "batchtopk", "jumprelu": "jumprelu", "gated": "gated",
+    "matching_pursuit": "matching_pursuit",
+}  # fmt: skip
+"""SAELens' architectures, and our name of the activation function."""
+_FIELDS = {
+    "k": "k", "jumprelu_init_threshold": "init_threshold", "jumprelu_bandwidth": "bandwidth",
+    "jumprelu_ste_to_input": "ste_to_input", "max_iterations": "k", "residual_threshold": "residual_threshold",
+    "stop_on_duplicate_support": "stop_at_repeat",
+}  # fmt: skip
+"""SAELens' keys, and our fields of the activation function."""
+_PURSUIT_KEYS = ("max_iterations", "residual_threshold", "stop_on_duplicate_support")
+_FORMAT = 1
 _TRAINING_KEYS = {
     "decoder_init_norm", "l1_coefficient", "lp_norm", "l1_warm_up_steps", "use_sparse_activations",
     "aux_loss_coefficient", "topk_threshold_lr", "jumprelu_init_threshold", "jumprelu_bandwidth",
     "jumprelu_sparsity_loss_mode", "l0_coefficient", "l0_warm_up_steps", "pre_act_loss_coefficient",
     "jumprelu_tanh_scale", "jumprelu_ste_to_input", "target_l0",
 }  # fmt: skip
-_KNOWN_KEYS = _TRAINING_KEYS | {
+_KNOWN_KEYS = _TRAINING_KEYS | set(temporal_files.KEYS) | {
     "d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations", "reshape_activations",
     "architecture", "metadata", "k", "rescale_acts_by_decoder_norm", "matryoshka_widths", "use_matryoshka_aux_loss",
-}  # fmt: skip
+} | set(KEYS) | set(_PURSUIT_KEYS)  # fmt: skip
 
 
 def _architecture(sae: SAE) -> str:
     """SAELens' name of the architecture that was trained."""
     if isinstance(sae.activation, BatchTopK) and "matryoshka_widths" in sae.metadata:
         return "matryoshka_batchtopk"
-    return "standard" if isinstance(sae.activation, ReLU) else sae.activation.name
+    return "standard" if sae.activation.name == "relu" else sae.activation.name
 
 
 def _common_config(sae: SAE, architecture: str) -> dict[str, Any]:
@@ -51,20 +74,48 @@ def _common_config(sae: SAE, architecture: str) -> dict[str, Any]:
         "dtype": str(sae.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": sae.apply_b_dec_to_input,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
+        "normalize_activations": sae.per_token or "none",
+        # SAELens then takes hook_z as TransformerLens gives it, with the heads in an axis of their own.
+        "reshape_activations": "hook_z" if str(sae.metadata.get("hook_name")).endswith("hook_z") else "none",
     }
 
 
 def _weights(sae: SAE) -> dict[str, Tensor]:
-    names = {n: n for n in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    weights = {name: tensor.cpu().contiguous() for name, tensor in sae.state_dict().items() if name != "threshold"}
     if isinstance(sae.activation, Gated):
-        names |= {"b_enc": "b_gate", "r_mag": "r_mag", "b_mag": "b_mag"}
-    return {file: getattr(sae, ours).detach().cpu().contiguous() for ours, file in names.items()}
+        weights["b_gate"] = weights.pop("b_enc")
+    if sae.tied and not isinstance(sae.activation, Pursuit):
+        weights["W_enc"] = sae.W_enc.detach().cpu().contiguous()  # what other readers expect
+    return weights
 
 
-def _write(folder: str | Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+def _pursuit_config(sae: SAE) -> dict[str, Any]:
+    """SAELens' keys of a pursuit; it neither subtracts nor adds `b_dec` unless it does both."""
+    if isinstance(sae.activation, Pursuit) and not sae.apply_b_dec_to_input and sae.b_dec.any():
+        raise UnweaveError("a pursuit whose b_dec is added but not subtracted has no form in SAELens' layout.")
+    if not isinstance(sae.activation, MatchingPursuit):
+        return {}
+    return {key: getattr(sae.activation, _FIELDS[key]) for key in _PURSUIT_KEYS}
+
+
+def _threshold(sae: SAE) -> Tensor:
+    """The threshold of every latent, as SAELens keeps it."""
+    assert sae.threshold is not None
+    return sae.threshold.detach().float().cpu().clamp(min=0).expand(sae.d_sae).contiguous()
+
+
+def _metadata(sae: SAE, *, all_fields: bool) -> dict[str, Any]:
+    """What a file says beside SAELens' keys: where the SAE is from and, if those do not, what its activation is."""
+    metadata = _lens_version() | {"training_architecture": name_of(sae, _architecture(sae))} | sae.metadata
+    metadata.pop("unweave", None)
+    if all_fields or sae.activation.name not in _ARCHITECTURES.values():
+        metadata["unweave"] = {"format": _FORMAT, "activation": describe(sae.activation), "tied": sae.tied}
+    return metadata
+
+
+def _write(sae: SAE, folder: str | Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
     folder = Path(folder)
+    config = config | coder_config(sae) | {"architecture": name_of(sae, config["architecture"])}
     with atomic_path(folder / WEIGHTS) as path:
         write_tensors(path, tensors)
     write_json(folder / CONFIG, config)
@@ -77,19 +128,27 @@ def save(sae: SAE, folder: str | Path) -> Path:
     Raises:
         UnweaveError: If a BatchTopK SAE has no threshold yet.
     """
+    if isinstance(sae, TemporalSAE):
+        return _save_temporal(sae, folder)
     activation, tensors = sae.activation, _weights(sae)
-    if isinstance(activation, ReLU | Gated):
-        config = _common_config(sae, _architecture(sae))
-    elif isinstance(activation, TopK):
-        config = _common_config(sae, "topk") | {"k": activation.k, "rescale_acts_by_decoder_norm": False}
-    else:
-        config = _common_config(sae, "jumprelu")
-        assert sae.threshold is not None
+    config = _common_config(sae, _architecture(sae)) | _pursuit_config(sae)
+    if isinstance(activation, TopK | AbsTopK):
+        config |= {"k": activation.k, "rescale_acts_by_decoder_norm": False}
+    if sae.threshold is not None:
         if sae.threshold.isnan().any():
-            raise UnweaveError("this BatchTopK SAE has no threshold yet, so its inference form cannot be saved.")
-        tensors["threshold"] = sae.threshold.detach().float().cpu().clamp(min=0).expand(sae.d_sae).contiguous()
-    metadata = _lens_version() | {"training_architecture": _architecture(sae)} | sae.metadata
-    return _write(folder, config | {"metadata": metadata}, tensors)
+            raise UnweaveError(
+                f"this {type(activation).__name__} SAE has no threshold yet, so its inference form cannot be saved."
+            )
+        if isinstance(activation, BatchTopK):
+            config["architecture"] = "jumprelu"
+        tensors["threshold"] = _threshold(sae)
+    return _write(sae, folder, config | {"metadata": _metadata(sae, all_fields=False)}, tensors)
+
+
+def _save_temporal(sae: TemporalSAE, folder: str | Path) -> Path:
+    config = _common_config(sae, "temporal") | temporal_files.config_of(sae)
+    metadata = _lens_version() | {"training_architecture": "temporal"} | sae.metadata
+    return _write(sae, folder, config | {"metadata": metadata}, temporal_files.tensors_of(sae))
 
 
 def save_training_form(sae: SAE, folder: str | Path, training_config: dict[str, Any]) -> Path:
@@ -100,18 +159,21 @@ def save_training_form(sae: SAE, folder: str | Path, training_config: dict[str, 
         folder: Made if missing.
         training_config: SAELens' training keys for this architecture (`l1_coefficient`, `aux_loss_coefficient`, ...).
     """
-    tensors, config = _weights(sae), _common_config(sae, _architecture(sae))
-    if isinstance(sae.activation, TopK | BatchTopK):
+    if isinstance(sae, TemporalSAE):
+        return _save_temporal(sae, folder)
+    tensors, config = _weights(sae), _common_config(sae, _architecture(sae)) | _pursuit_config(sae)
+    if isinstance(sae.activation, TopK | AbsTopK | BatchTopK):
         config |= {"k": sae.activation.k, "rescale_acts_by_decoder_norm": False}
     if isinstance(sae.activation, BatchTopK):
         assert sae.threshold is not None
         tensors["topk_threshold"] = sae.threshold.detach().double().cpu()
         if "matryoshka_widths" in sae.metadata:
             config |= {"matryoshka_widths": sae.metadata["matryoshka_widths"], "use_matryoshka_aux_loss": False}
-    elif isinstance(sae.activation, JumpReLU):
-        assert sae.threshold is not None
-        tensors["threshold"] = sae.threshold.detach().float().cpu().contiguous()
-    return _write(folder, config | training_config | {"metadata": _lens_version() | sae.metadata}, tensors)
+    elif sae.threshold is not None:
+        tensors["threshold"] = _threshold(sae)
+    metadata = _metadata(sae, all_fields=True)
+    metadata.pop("training_architecture")  # of inference forms
+    return _write(sae, folder, config | training_config | {"metadata": metadata}, tensors)
 
 
 def _lens_version() -> dict[str, str]:
@@ -132,25 +194,34 @@ def _read_config(folder: Path) -> dict[str, Any]:
     missing = [k for k in ("architecture", "d_in", "d_sae", "apply_b_dec_to_input") if k not in config]
     if missing:
         raise UnweaveError(f"{str(path)!r} lacks the key {missing[0]!r}.")
-    if config["architecture"] not in _ARCHITECTURES:
-        known = ", ".join(_ARCHITECTURES)
-        raise UnweaveError(f"{str(path)!r} has the architecture {config['architecture']!r}, which is none of {known}.")
-    for key, supported in (("normalize_activations", "none"), ("reshape_activations", "none")):
-        if config.get(key, supported) not in (supported, None):
+    scalings = ("none", temporal_files.SCALED) if config["architecture"] == "temporal" else ("none", *PER_TOKEN)
+    for key, supported in (("normalize_activations", scalings), ("reshape_activations", ("none", "hook_z"))):
+        if config.get(key) not in (*supported, None):
             raise UnweaveError(f"{str(path)!r} asks for {key}={config[key]!r}, which this SAE class does not apply.")
     return config
 
 
 def _activation(config: dict[str, Any], path: Path) -> Activation:
+    """The activation function: what our metadata says of this architecture, and SAELens' keys on top."""
     architecture = config["architecture"]
-    if architecture.endswith("topk"):
-        if "k" not in config:
-            raise UnweaveError(f"{str(path)!r} is a {architecture} SAE without k.")
-        return (TopK if architecture == "topk" else BatchTopK)(config["k"])
-    if architecture == "jumprelu":
-        trained = {"init_threshold": "jumprelu_init_threshold", "bandwidth": "jumprelu_bandwidth"}
-        return JumpReLU(**{name: config[key] for name, key in trained.items() if key in config})
-    return Gated() if architecture == "gated" else ReLU()
+    own = ((config.get("metadata") or {}).get("unweave") or {}).get("activation") or {}
+    kind = _ARCHITECTURES.get(architecture) or (architecture if own.get("type") == architecture else None)
+    if kind not in ACTIVATIONS:
+        known = ", ".join(dict.fromkeys([*_ARCHITECTURES, *ACTIVATIONS]))
+        raise UnweaveError(f"{str(path)!r} has the architecture {architecture!r}, which is none of {known}.")
+    cls = ACTIVATIONS[kind]
+    fields = {f.name for f in dataclasses.fields(cls)}
+    values = {name: value for name, value in own.items() if name != "type"} if own.get("type") == kind else {}
+    values |= {field: config[key] for key, field in _FIELDS.items() if key in config and field in fields}
+    if config.get("max_iterations", 0) is None:
+        values["k"] = config["d_in"]  # what SAELens means by it
+    if strange := sorted(values.keys() - fields):
+        raise UnweaveError(f"{str(path)!r} has {strange[0]!r}, which {cls.__name__} does not know.")
+    if "k" in fields and "k" not in values:
+        raise UnweaveError(f"{str(path)!r} is a {architecture} SAE without k.")
+    made = cls(**values)
+    assert isinstance(made, Activation)
+    return made
 
 
 def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> SAE:
@@ -173,17 +244,25 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     except (SafetensorError, OSError) as error:
         raise UnweaveError(f"{str(path)!r} is damaged: {error}.") from error
 
+    named = config["architecture"]
+    config["architecture"], kind = split_name(named)
     unknown = {k: v for k, v in config.items() if k not in _KNOWN_KEYS}
     metadata = dict(config.get("metadata") or {}) | ({"unknown_keys": unknown} if unknown else {})
     if "matryoshka_widths" in config:
         metadata["matryoshka_widths"] = config["matryoshka_widths"]
-    sae = SAE(
-        config["d_in"], config["d_sae"], _activation(config, folder / CONFIG),
-        apply_b_dec_to_input=config["apply_b_dec_to_input"], metadata=metadata,
-        generator=torch.Generator(),
-    )  # fmt: skip
+    if named == "temporal":
+        sae: SAE = temporal_files.sae_for(config, tensors, metadata, str(folder / CONFIG))
+    else:
+        activation, tied = _activation(config, folder / CONFIG), _is_tied(config, tensors)
+        sae = build(kind, config, activation, folder / CONFIG, tied=tied, metadata=metadata)
     if "topk_threshold" in tensors:
         tensors["threshold"] = tensors.pop("topk_threshold").float()
+    if "log_threshold" in tensors:  # some older JumpReLU checkpoints
+        tensors["threshold"] = tensors.pop("log_threshold").float().exp()
+    if "threshold" in tensors and sae.threshold is not None and sae.threshold.ndim == 0:
+        tensors["threshold"] = _common(tensors["threshold"], path)
+    if config.get("normalize_activations") in PER_TOKEN:
+        sae.per_token = config["normalize_activations"]
     expected = sae.state_dict()
     if isinstance(sae.activation, Gated):
         expected["b_gate"] = expected.pop("b_enc")
@@ -197,9 +276,7 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
             raise UnweaveError(f"{name} in {str(path)!r} holds values that are not finite.")
     extra = sorted(tensors.keys() - expected.keys())
     if extra:
-        raise UnweaveError(
-            f"{str(path)!r} holds the tensor {extra[0]!r}, which a {config['architecture']} SAE has not."
-        )
+        raise UnweaveError(f"{str(path)!r} holds the tensor {extra[0]!r}, which a {named} SAE has not.")
 
     stored = _DTYPES[str(tensors["W_dec"].dtype).removeprefix("torch.")]
     sae = sae.to(dtype or stored)
@@ -208,9 +285,30 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     if isinstance(sae.activation, Gated):
         tensors["b_enc"] = tensors.pop("b_gate")
     sae.load_state_dict(tensors)
+    if sae.threshold is not None:
+        sae.threshold.data.clamp_(min=0)  # codes are positive; below 0 training would differ from inference
+    if isinstance(sae.activation, Pursuit) and not sae.apply_b_dec_to_input:
+        sae.b_dec.data.zero_()  # SAELens leaves it out of both
     if config.get("rescale_acts_by_decoder_norm") and config["architecture"].endswith("topk"):
         _fold_ranking_norms(sae)
     return sae.to(device).requires_grad_(False)
+
+
+def _is_tied(config: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
+    """Whether the training form of a tied SAE was read, with nothing changed; its encoder is then left out."""
+    own = (config.get("metadata") or {}).get("unweave") or {}
+    encoder, decoder = tensors.get("W_enc"), tensors.get("W_dec")
+    if not own.get("tied") or encoder is None or decoder is None or not torch.equal(encoder, decoder.T):
+        return False
+    del tensors["W_enc"]
+    return True
+
+
+def _common(threshold: Tensor, path: Path) -> Tensor:
+    """The one threshold of latents that share it."""
+    if threshold.numel() == 0 or (threshold != threshold.flatten()[0]).any():
+        raise UnweaveError(f"the thresholds in {str(path)!r} differ, and its config says that latents share one.")
+    return threshold.flatten()[0]
 
 
 @torch.no_grad()

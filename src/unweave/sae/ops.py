@@ -29,7 +29,7 @@ class _EncodeAt(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, None]:
         x, b_pre, W_enc = ctx.saved_tensors
         centred = x - b_pre
         if isinstance(ctx.codes, DenseCodes):
@@ -43,7 +43,8 @@ class _EncodeAt(torch.autograd.Function):
             grad_x = None
             if ctx.needs_input_grad[0]:
                 grad_x = kernels.gather_sum(ctx.codes.indices, grad, ctx.codes.offsets, W_enc.T)
-        return grad_x, -(W_enc @ grad_b), grad_W, grad_b, None
+        grad_b_pre = -(W_enc @ grad_b) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_b_pre, grad_W, grad_b, None
 
 
 class _Decode(torch.autograd.Function):
@@ -92,3 +93,8 @@ def decode(codes: Codes, W_dec: Float[Tensor, "d_sae d"]) -> Float[Tensor, "n d"
     if isinstance(codes, DenseCodes):
         return codes.values @ W_dec
     return _Decode.apply(codes.values, W_dec, codes)
+
+
+def row_norms(W: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    """Norm of each row, with a finite gradient for a row of zeros."""
+    return W.square().sum(1).clamp(min=torch.finfo(W.dtype).tiny).sqrt()

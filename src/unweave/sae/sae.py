@@ -10,8 +10,6 @@ scale it was trained at is folded into its weights. Inference treats each token 
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +21,11 @@ from unweave import kernels
 from unweave._errors import UnweaveError
 from unweave.kernels import Selection
 from unweave.sae import ops
-from unweave.sae.activation_fns import Activation, BatchTopK, Gated, TopK
+from unweave.sae.activation import Activation
+from unweave.sae.activation_fns import AbsTopK, BatchTopK, TopK
 from unweave.sae.codes import Codes, DenseCodes, SparseCodes
+from unweave.sae.normalization import PerToken, token_statistics
+from unweave.sae.pursuit import Pursuit
 
 DENSE_ABOVE = 0.05
 """Density of a training step's entries above which dense products are faster than sparse ones."""
@@ -49,26 +50,29 @@ class SAE(nn.Module):
     Args:
         d_in: Width of the activations.
         d_sae: Number of latents.
-        activation: `ReLU()`, `TopK(k)`, `BatchTopK(k)`, `JumpReLU()` or `Gated()`.
+        activation: `TopK(k)`, `ReLU()` or another of `unweave.sae.ACTIVATIONS`.
         apply_b_dec_to_input: Whether the decoder's bias is subtracted from the input before encoding.
+        tied: Whether the decoder's rows encode too, so that W_enc is W_dec transposed. Pursuits always are.
         metadata: Where the SAE comes from (model, hook, data, ...); JSON values, saved with the weights.
         generator: Source of the random initial decoder; the global one if None.
 
     Attributes:
+        per_token: "layer_norm" or "constant_norm_rescale" where every token is normalised before it is encoded, and
+            its reconstruction scaled back; None (default) where it is not.
         W_enc: `(d_in, d_sae)`, laid out latent by latent in memory.
         b_enc: `(d_sae,)`; of a Gated SAE, the gate's bias.
         W_dec: `(d_sae, d_in)`, rows of unit norm unless trained otherwise.
         b_dec: `(d_in,)`.
         threshold: float32; `(d_sae,)` for JumpReLU, a scalar (NaN until calibrated) for BatchTopK, else None.
-        r_mag, b_mag: `(d_sae,)`, log gain and bias of a Gated SAE's codes, else None.
+        r_mag, b_mag: `(d_sae,)`, log gain and bias of a Gated SAE's codes; other SAEs have none.
 
     Raises:
-        UnweaveError: If a width is not positive, or k is larger than d_sae.
+        UnweaveError: If a width is not positive, or the activation function does not go with d_sae.
     """
 
     threshold: Tensor | None
-    r_mag: Tensor | None
-    b_mag: Tensor | None
+    r_mag: Tensor
+    b_mag: Tensor
 
     def __init__(
         self,
@@ -77,34 +81,44 @@ class SAE(nn.Module):
         activation: Activation,
         *,
         apply_b_dec_to_input: bool = True,
+        tied: bool = False,
         metadata: dict[str, Any] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         if d_in < 1 or d_sae < 1:
             raise UnweaveError(f"an SAE needs d_in and d_sae of at least 1, got d_in={d_in} and d_sae={d_sae}.")
-        k = getattr(activation, "k", 1)
-        if k > d_sae:
-            raise UnweaveError(f"k={k} is larger than the number of latents, d_sae={d_sae}.")
+        activation.check(d_sae)
         self.d_in, self.d_sae, self.activation = d_in, d_sae, activation
-        self.apply_b_dec_to_input = apply_b_dec_to_input
+        self.apply_b_dec_to_input, self.tied = apply_b_dec_to_input, tied or activation.tied
         self.metadata: dict[str, Any] = dict(metadata or {})
+        self.per_token: PerToken | None = None
 
         W_dec = nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
         self.W_dec = nn.Parameter(W_dec)
-        self.W_enc = nn.Parameter(
-            W_dec.clone().T
-        )  # a transposed view of its own storage: (d_in, d_sae), latent by latent
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
-        if activation.threshold_shape == "vector":
-            self.threshold = nn.Parameter(torch.full((d_sae,), activation.init_threshold))  # type: ignore[union-attr]
+        if not self.tied:
+            # A transposed view of its own storage: (d_in, d_sae), latent by latent.
+            self.W_enc = nn.Parameter(W_dec.clone().T)
+        if isinstance(activation, Pursuit):
+            self.register_buffer("b_enc", torch.zeros(d_sae), persistent=False)
         else:
-            scalar = torch.tensor(float("nan")) if activation.threshold_shape == "scalar" else None
-            self.register_buffer("threshold", scalar)
-        gated = isinstance(activation, Gated)
-        for name in ("r_mag", "b_mag"):
-            self.register_parameter(name, nn.Parameter(torch.zeros(d_sae)) if gated else None)
+            self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        threshold = None
+        if activation.threshold_shape is not None:
+            shape = (d_sae,) if activation.threshold_shape == "vector" else ()
+            threshold = torch.full(shape, activation.initial_threshold)
+        if threshold is None or activation.calibrated:
+            self.register_buffer("threshold", threshold)
+        else:
+            self.threshold = nn.Parameter(threshold)
+        for name, initial in activation.parameters(d_sae).items():
+            self.register_parameter(name, nn.Parameter(initial))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "W_enc" and self.__dict__.get("tied"):
+            return self.W_dec.T
+        return super().__getattr__(name)
 
     @property
     def device(self) -> torch.device:
@@ -114,6 +128,11 @@ class SAE(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.W_dec.dtype
 
+    @property
+    def d_out(self) -> int:
+        """Width of the output: that of the input, but for transcoders."""
+        return self.W_dec.shape[1]
+
     def _rows(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "n d_in"]:
         if x.shape[-1:] != (self.d_in,):
             raise UnweaveError(
@@ -122,7 +141,7 @@ class SAE(nn.Module):
         return x.reshape(-1, self.d_in).to(self.dtype)
 
     def _bias_of_input(self) -> Float[Tensor, " d_in"]:
-        return self.b_dec if self.apply_b_dec_to_input else torch.zeros_like(self.b_dec)
+        return self.b_dec if self.apply_b_dec_to_input else self.b_dec.new_zeros(self.d_in)
 
     def _codes(self, selection: Selection) -> SparseCodes:
         offsets = nn.functional.pad(selection.counts.cumsum(0), (1, 0))
@@ -131,33 +150,65 @@ class SAE(nn.Module):
     def encode_sparse(self, x: Float[Tensor, "... d_in"]) -> SparseCodes:
         """The codes of each token by itself, as `SparseCodes` whose rows are the flattened leading dimensions."""
         x = self._rows(x)
+        if self.per_token is not None:
+            x = token_statistics(x, self.per_token).apply(x)
+        if isinstance(self.activation, Pursuit):
+            return self.activation.encode(x - self._bias_of_input(), self.W_dec)
         with torch.no_grad():
             centred = x - self._bias_of_input()
             spec = self.activation.inference(self.threshold)
             selection = kernels.encode_select(centred, self.W_enc, self.b_enc, spec)
         pre = ops.encode_at(x, self._bias_of_input(), self.W_enc, self.b_enc, self._codes(selection))
-        if isinstance(self.activation, Gated):
-            return self.activation.magnitudes(pre, self.b_enc, self.r_mag, self.b_mag)
-        return pre.with_values(pre.values.relu())
+        codes = self.activation.infer(pre, self)
+        assert isinstance(codes, SparseCodes)
+        return codes
 
     def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
         """The codes as a dense tensor."""
         return self.encode_sparse(x).to_dense().reshape(*x.shape[:-1], self.d_sae)
 
     def decode(self, features: Float[Tensor, "... d_sae"] | Codes) -> Float[Tensor, "... d_in"]:
-        """The reconstruction of codes, dense or sparse; sparse codes give one row each."""
+        """The reconstruction of codes, dense or sparse; sparse codes give one row each.
+
+        Raises:
+            UnweaveError: If every token is normalised by itself: `output` then takes the tokens too.
+        """
+        if self.per_token is not None:
+            raise UnweaveError(
+                f"this SAE undoes {self.per_token} on its output, which takes the tokens: call output(codes, x)."
+            )
         if isinstance(features, SparseCodes):
             return ops.decode(features, self.W_dec) + self.b_dec
         if isinstance(features, DenseCodes):
             features = features.values
         return features.to(self.dtype) @ self.W_dec + self.b_dec
 
-    def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
-        """The reconstruction of `x`, in the shape and dtype of `x`."""
-        return self.decode(self.encode_sparse(x)).reshape(x.shape).to(x.dtype)
+    def constant(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "*n d_out"]:
+        """What the output is where no latent fires: the decoder's bias. A coder with a skip adds that of `x`."""
+        return self.b_dec
+
+    def output(self, codes: Codes, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"]:
+        """The output for inputs `x` whose codes are known."""
+        x = x.to(self.dtype)
+        made = ops.decode(codes, self.W_dec) + self.constant(x)
+        return made if self.per_token is None else token_statistics(x, self.per_token).undo(made)
+
+    def decoder_norms(self) -> Float[Tensor, " d_sae"]:
+        """Norm of each latent's decoder row, as penalties weigh its codes; finite gradients for rows of zeros."""
+        return ops.row_norms(self.W_dec)
+
+    def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        """The reconstruction of `x`, in the shape and dtype of `x`; of a transcoder, the output that it predicts."""
+        rows = self._rows(x)
+        return self.output(self.encode_sparse(rows), rows).reshape(*x.shape[:-1], self.d_out).to(x.dtype)
 
     def training_codes(
-        self, x: Float[Tensor, "n d_in"], dead: Bool[Tensor, " d_sae"] | None = None, k_aux: int = 0, k_multi: int = 0
+        self,
+        x: Float[Tensor, "n d_in"],
+        dead: Bool[Tensor, " d_sae"] | None = None,
+        k_aux: int = 0,
+        k_multi: int = 0,
+        k: float | None = None,
     ) -> TrainingCodes:
         """Codes of a training batch, with gradients; the batch's tokens may be coupled (BatchTopK).
 
@@ -167,42 +218,42 @@ class SAE(nn.Module):
             k_aux: Number of dead latents for each row; 0 for none.
             k_multi: A k larger than the activation function's: one selection with it gives the codes, and beside them
                 the entries of rank k + 1 to `k_multi`. 0 for none.
+            k: Takes the place of the activation function's k, for a schedule. None: its own.
         """
+        activation = self.activation if k is None else self.activation.with_k(k)
+        if isinstance(activation, Pursuit):
+            found, aux = activation.training_codes(self, x, dead, k_aux)
+            return TrainingCodes(found, found, aux)
         bias = self._bias_of_input()
         with torch.no_grad():
             centred, latents = x - bias, None if dead is None or k_aux == 0 else dead.nonzero().flatten()
             pre: Codes
             extra = None
             if k_multi:
-                pre, extra, aux = self._select_wider(centred, latents, k_aux, k_multi)
+                pre, extra, aux = self._select_wider(activation, centred, latents, k_aux, k_multi)
             else:
-                pre, aux = self._select(centred, latents, k_aux)
+                pre, aux = self._select(activation.selection(self.threshold, len(x)), centred, latents, k_aux)
         pre = ops.encode_at(x, bias, self.W_enc, self.b_enc, pre)
         if aux is not None:
             aux = ops.encode_at(x, bias, self.W_enc, self.b_enc, aux)
         if extra is not None:
             extra = ops.encode_at(x, bias, self.W_enc, self.b_enc, extra)
-        if isinstance(self.activation, Gated):
-            codes: Codes = self.activation.magnitudes(pre, self.b_enc, self.r_mag, self.b_mag)
-        else:
-            codes = self.activation.apply(pre, self.threshold)
-        return TrainingCodes(pre, codes, aux, extra)
+        return TrainingCodes(pre, activation.codes(pre, self), aux, extra)
 
     def _select_wider(
-        self, centred: Tensor, latents: Tensor | None, k_aux: int, k: int
+        self, activation: Activation, centred: Tensor, latents: Tensor | None, k_aux: int, k: int
     ) -> tuple[SparseCodes, SparseCodes, SparseCodes | None]:
         """`_select` with a larger k: what its own k would have given, the rest, and the dead latents."""
-        assert isinstance(self.activation, TopK | BatchTopK)
-        wider = copy.copy(self)  # the same weights under another activation function
-        wider.activation = dataclasses.replace(self.activation, k=k)
-        wider._buffers = {"threshold": None}  # that of the smaller k would be a poor guess
-        pre, aux = wider._select(centred, latents, k_aux)
+        assert isinstance(activation, TopK | AbsTopK | BatchTopK)
+        # The threshold is that of the smaller k, a poor guess here.
+        pre, aux = self._select(activation.with_k(k).selection(None, len(centred)), centred, latents, k_aux)
         assert isinstance(pre, SparseCodes)
-        chosen = self.activation.strongest(pre.values, len(centred))
+        chosen = activation.strongest(pre.values, len(centred))
         return pre.where(chosen), pre.where(~chosen), aux
 
-    def _select(self, centred: Tensor, latents: Tensor | None, k_aux: int) -> tuple[Codes, SparseCodes | None]:
-        spec = self.activation.selection(self.threshold, len(centred))
+    def _select(
+        self, spec: kernels.Spec, centred: Tensor, latents: Tensor | None, k_aux: int
+    ) -> tuple[Codes, SparseCodes | None]:
         pre: Codes
         try:
             most = DENSE_ABOVE if isinstance(spec, kernels.Above) else 1.0
@@ -213,7 +264,8 @@ class SAE(nn.Module):
             return pre, None
         # The dead are few: their columns by themselves cost less than looking for them among all the others.
         W_dead = self.W_enc.T[latents].T
-        aux = kernels.encode_select(centred, W_dead, self.b_enc[latents], kernels.Largest(min(k_aux, len(latents))))
+        strongest = kernels.Largest(min(k_aux, len(latents)), magnitude=self.activation.signed)
+        aux = kernels.encode_select(centred, W_dead, self.b_enc[latents], strongest)
         return pre, self._codes(aux._replace(indices=latents[aux.indices]))
 
     def save(self, folder: str | Path) -> Path:

@@ -1,9 +1,27 @@
 """Training: configs, one step of one SAE, the loop over batches, checkpoints, and what is printed meanwhile."""
 
+from unweave.training import recipes
 from unweave.training.config import SAEConfig, TrainConfig
+from unweave.training.controller import L0Controller
+from unweave.training.end_to_end import train_end_to_end
+from unweave.training.finetune import finetune
 from unweave.training.finish import calibrate_threshold
+from unweave.training.resampling import Resampling
 from unweave.training.train import TrainResult, train
 from unweave.training.train_on import train_on
 from unweave.training.trainer import TrainingInterrupted
 
-__all__ = ["SAEConfig", "TrainConfig", "TrainResult", "TrainingInterrupted", "calibrate_threshold", "train", "train_on"]
+__all__ = [
+    "L0Controller",
+    "Resampling",
+    "SAEConfig",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingInterrupted",
+    "calibrate_threshold",
+    "finetune",
+    "recipes",
+    "train",
+    "train_end_to_end",
+    "train_on",
+]

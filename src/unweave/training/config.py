@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from unweave._errors import UnweaveError, nearest
+from unweave._errors import UnweaveError
 from unweave.activations import DataConfig, MaskConfig
-from unweave.objectives import L1, AuxK, GhostGradients, Matryoshka, MultiTopK, PreActivation, TargetL0
-from unweave.sae import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from unweave.objectives import (
+    PENALTIES,
+    AuxK,
+    GhostGradients,
+    KSchedule,
+    Matryoshka,
+    MultiTopK,
+    Penalty,
+    PreActivation,
+    RandomMatryoshka,
+    Reanimation,
+    Schedule,
+)
+from unweave.sae import Activation, TopK
+from unweave.sae.archetypal import ArchetypalDictionary, TiedDictionary
+from unweave.sae.temporal import Temporal
+from unweave.training.combinations import check_objectives
+from unweave.training.controller import L0Controller
+from unweave.training.dictionary import check_dictionary, check_order, is_tied
+from unweave.training.resampling import Resampling
+from unweave.training.sites import check_coder, check_sites
+from unweave.training.values import from_dict, to_dict
+
+__all__ = ["SAEConfig", "TrainConfig", "from_dict", "to_dict"]
 
 
 @dataclass(frozen=True)
@@ -23,64 +42,89 @@ class SAEConfig:
 
     Attributes:
         d_sae: Number of latents.
-        activation: `TopK(k)`, `BatchTopK(k)`, `ReLU()`, `JumpReLU()` or `Gated()`.
-        sparsity: `L1(...)` or `TargetL0(...)`. None: L1 for ReLU and for Gated, whose gate it acts on; TargetL0 for
-            JumpReLU; nothing for the TopK family.
+        activation: `TopK(k)`, `ReLU()` or another of `unweave.sae.ACTIVATIONS`.
+        sparsity: One of `unweave.objectives.PENALTIES`, or several, which add up. None: L1 for ReLU and for Gated,
+            whose gate it acts on; TargetL0 for JumpReLU, or L0 under a controller; nothing for the TopK family.
+        l0_controller: Moves the coefficients of `sparsity` until a requested L0 is reached.
+        error: What the main loss is: the "squared" error, or relative to the "variance" of the batch or to the squared
+            norm of each "token"; see `unweave.objectives.error_weights`.
         auxk: The loss that revives dead latents; `AuxK(coefficient=0)` turns it off.
         ghost: Ghost gradients for dead latents. They take the place of AuxK at its default.
         pre_act: Pulls dead latents up to their thresholds (JumpReLU, ReLU, Gated).
-        matryoshka: Prefixes of the dictionary that reconstruct by themselves.
+        reanimation: Pushes up latents that did not fire in the batch.
+        resampling: Replaces dead latents by badly reconstructed tokens at some points of the run.
+        matryoshka: Prefixes of the dictionary that reconstruct by themselves, fixed or drawn at every step.
         multi_topk: A second reconstruction with a larger k (TopK, BatchTopK).
+        k_schedule: Anneals k from a larger one down to the activation function's.
         lr: Learning rate of Adam. None: `2e-4 / sqrt(d_sae / 2**14)` (the width rule of Gao et al.).
         threshold_lr: Learning rate of JumpReLU thresholds, which move by about this much a step.
+        threshold_schedule: Multiplies the learning rate of thresholds, beside the schedule of all learning rates.
         betas: Adam's decay rates.
         warmup: Share of the run over which the learning rate rises linearly.
         decay: Share of the run, at its end, over which the learning rate falls linearly to 0.
-        sparsity_warmup: Share of the run over which the sparsity coefficient rises linearly.
+        sparsity_warmup: Share of the run over which coefficients of sparsity terms without a schedule rise linearly.
         grad_clip: Largest gradient norm, in units in which predicting the mean costs 1; None for no clipping.
         unit_norm: Whether decoder rows are kept at norm 1. None: yes, except for ReLU, whose L1 penalty weighs norms.
-        b_dec_init: "mean" of the first activations (fewer dead latents) or "zeros".
+        normalize: What is done to the inputs: "scalar" (one factor), "center" (their mean is subtracted, too) or
+            "whiten" (unit variance in every direction), which are folded into the finished weights; or "layer_norm" or
+            "constant_norm_rescale" of each token, which the finished SAE goes on doing.
+        b_dec_init: "mean" of the first activations (fewer dead latents), "zeros", or their "geometric_median", which
+            outliers move less.
+        W_dec_init: "random" directions, or "data": mostly directions of the first activations (fewer dead latents).
         dead_after: Tokens without firing after which a latent is dead. None: a tenth of the run, at most 10 million.
         precision: Of the dense products: "bf16", "fp32", or "auto" for bf16 where the hardware is faster at it. With
             sparse execution the codes and gradients are fp32's either way; see the page on speed.
         moments: dtype of Adam's moments of the weights. "bf16" (rounded stochastically) halves their memory.
+        coder: "sae", or one that reads or predicts something else: "transcoder" (from each hook to its target) or
+            "crosscoder" (one code for all hooks).
+        skip: Whether a transcoder also has a linear map from its input to its target.
+        temporal: Attention that predicts a part of each token from those before it; the rest is encoded. Batches are
+            then whole sequences in order (see `train_on`).
+        dictionary: `TiedDictionary()` (one matrix for both ways) or `ArchetypalDictionary()` (atoms near data points).
     """
 
     d_sae: int = 16_384
     activation: Activation = TopK()
-    sparsity: L1 | TargetL0 | None = None
+    sparsity: Penalty | tuple[Penalty, ...] | None = None
+    l0_controller: L0Controller | None = None
+    error: Literal["squared", "variance", "token"] = "squared"
     auxk: AuxK = AuxK()
     ghost: GhostGradients | None = None
     pre_act: PreActivation | None = None
-    matryoshka: Matryoshka | None = None
+    reanimation: Reanimation | None = None
+    resampling: Resampling | None = None
+    matryoshka: Matryoshka | RandomMatryoshka | None = None
     multi_topk: MultiTopK | None = None
+    k_schedule: KSchedule | None = None
     lr: float | None = None
     threshold_lr: float = 1e-3
+    threshold_schedule: Schedule | None = None
     betas: tuple[float, float] = (0.9, 0.999)
     warmup: float = 0.05
     decay: float = 0.2
     sparsity_warmup: float = 0.1
     grad_clip: float | None = 1.0
     unit_norm: bool | None = None
-    b_dec_init: Literal["mean", "zeros"] = "mean"
+    normalize: Literal["scalar", "center", "whiten", "layer_norm", "constant_norm_rescale"] = "scalar"
+    b_dec_init: Literal["mean", "zeros", "geometric_median"] = "mean"
+    W_dec_init: Literal["random", "data"] = "random"
     dead_after: int | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     moments: Literal["fp32", "bf16"] = "fp32"
+    coder: Literal["sae", "transcoder", "crosscoder"] = "sae"
+    skip: bool = False
+    dictionary: ArchetypalDictionary | TiedDictionary | None = None
+    temporal: Temporal | None = None
 
     def __post_init__(self) -> None:
         if self.d_sae < 1:
             raise UnweaveError(f"d_sae must be at least 1, got {self.d_sae}.")
-        if getattr(self.activation, "k", 1) > self.d_sae:
-            raise UnweaveError(f"k={self.activation.k} is larger than d_sae={self.d_sae}.")  # type: ignore[union-attr]
-        if isinstance(self.sparsity, TargetL0) and not isinstance(self.activation, JumpReLU):
-            raise UnweaveError(
-                f"TargetL0 acts through JumpReLU's thresholds, and a {type(self.activation).__name__} SAE has none."
-            )
-        if isinstance(self.sparsity, TargetL0) and self.sparsity.l0 > self.d_sae:
-            raise UnweaveError(f"a target L0 of {self.sparsity.l0} is larger than d_sae={self.d_sae}.")
-        if self.unit_norm is False and isinstance(self.activation, TopK | BatchTopK):
-            raise UnweaveError("TopK and BatchTopK rank latents against each other, so their decoders need unit_norm.")
-        self._check_objectives()
+        self.activation.check(self.d_sae)
+        check_coder(self)
+        check_dictionary(self)
+        if isinstance(self.sparsity, list | tuple):
+            object.__setattr__(self, "sparsity", tuple(self.sparsity))
+        check_objectives(self)
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise UnweaveError(f"betas are two numbers from 0 to below 1, got {self.betas}.")
         for name in ("warmup", "decay", "sparsity_warmup"):
@@ -91,35 +135,22 @@ class SAEConfig:
             if value is not None and not value > 0:
                 raise UnweaveError(f"{name} must be above 0, got {value}.")
 
-    def _check_objectives(self) -> None:
-        name, ranked = type(self.activation).__name__, isinstance(self.activation, TopK | BatchTopK)
-        if self.matryoshka is not None:
-            self.matryoshka.widths_for(self.d_sae)
-        if self.multi_topk is not None:
-            if not isinstance(self.activation, TopK | BatchTopK):
-                raise UnweaveError(f"Multi-TopK is a second, larger k beside the first, and {name} has none.")
-            self.multi_topk.k_for(self.activation.k, self.d_sae)
-        if self.pre_act is not None and ranked:
-            raise UnweaveError(
-                f"the pre-activation loss compares a latent with a bound of its own, and {name} ranks latents against "
-                "each other: AuxK is what revives them."
-            )
-        if self.ghost is not None:
-            if self.auxk == AuxK():
-                object.__setattr__(self, "auxk", AuxK(coefficient=0))
-            if self.auxk.coefficient > 0:
-                raise UnweaveError(
-                    "ghost gradients and AuxK both reconstruct the residual with dead latents: give one of them."
-                )
+    @property
+    def sparsity_terms(self) -> tuple[Penalty, ...]:
+        """The sparsity terms, with the activation function's default filled in."""
+        if isinstance(self.sparsity, tuple):
+            return self.sparsity
+        if self.sparsity is not None:
+            return (self.sparsity,)
+        default = self.activation.default_sparsity
+        if default == "target_l0" and self.l0_controller is not None:
+            default = "l0"
+        return () if default is None else (PENALTIES[default](),)
 
     @property
-    def sparsity_term(self) -> L1 | TargetL0 | None:
-        """The sparsity term with the activation function's default filled in."""
-        if self.sparsity is None and isinstance(self.activation, ReLU | Gated):
-            return L1()
-        if self.sparsity is None and isinstance(self.activation, JumpReLU):
-            return TargetL0()
-        return self.sparsity
+    def sparsity_term(self) -> Penalty | None:
+        """The first sparsity term, which mostly is the only one."""
+        return next(iter(self.sparsity_terms), None)
 
     @property
     def learning_rate(self) -> float:
@@ -127,11 +158,20 @@ class SAEConfig:
 
     @property
     def decoder_is_unit(self) -> bool:
-        return self.unit_norm if self.unit_norm is not None else not isinstance(self.activation, ReLU)
+        if self.unit_norm is not None:
+            return self.unit_norm
+        if self.coder == "transcoder" or self.temporal or isinstance(self.dictionary, ArchetypalDictionary):
+            return False
+        return is_tied(self) or not self.activation.free_norms
 
     def __str__(self) -> str:
-        extras = [o for o in (self.matryoshka, self.multi_topk, self.ghost, self.pre_act) if o is not None]
-        return ", ".join([str(self.activation), f"d_sae {self.d_sae:,}", *map(str, extras)])
+        optional = (
+            *(() if self.sparsity is None else self.sparsity_terms), self.l0_controller, self.matryoshka,
+            self.multi_topk, self.k_schedule, self.ghost, self.pre_act, self.reanimation, self.resampling,
+        )  # fmt: skip
+        extras = [o for o in optional if o is not None]
+        kind = [] if self.coder == "sae" else ["skip " * self.skip + self.coder]
+        return ", ".join([*kind, str(self.activation), f"d_sae {self.d_sae:,}", *map(str, extras)])
 
 
 @dataclass(frozen=True)
@@ -142,6 +182,8 @@ class TrainConfig:
         model: "demo" (the model that ships with unweave), a Hugging Face name, or a local folder.
         data: "stdlib" (text that every Python carries), a file or folder of text, or a Hugging Face dataset.
         hooks: Where the activations are taken, by module path, glob or alias. Every SAE is trained at each of them.
+        targets: What transcoders predict, named alike: the first target belongs to the first hook, in the order of the
+            model's modules.
         saes: The SAEs to train; all see the same batches.
         tokens: Tokens to train on, after masking.
         batch_size: Tokens in an optimiser step.
@@ -158,6 +200,7 @@ class TrainConfig:
     model: str = "demo"
     data: str = "stdlib"
     hooks: tuple[str, ...] = ("resid_post.1",)
+    targets: tuple[str, ...] = ()
     saes: tuple[SAEConfig, ...] = (SAEConfig(),)
     tokens: int = 2_000_000
     batch_size: int = 4096
@@ -174,6 +217,8 @@ class TrainConfig:
         # Lists are what JSON, TOML and most callers bring.
         hooks: Any = self.hooks
         object.__setattr__(self, "hooks", (hooks,) if isinstance(hooks, str) else tuple(hooks))
+        targets: Any = self.targets
+        object.__setattr__(self, "targets", (targets,) if isinstance(targets, str) else tuple(targets))
         object.__setattr__(self, "saes", tuple(self.saes))
         if not isinstance(self.data, str):
             raise UnweaveError("TrainConfig.data is a name or a path; pass other data as train(config, data=...).")
@@ -183,88 +228,10 @@ class TrainConfig:
                 raise UnweaveError(f"{name} must be at least 1, got {value}.")
         if not self.hooks or not self.saes:
             raise UnweaveError("a training run needs at least one hook and one SAE.")
+        check_sites(self.saes, self.targets)
+        check_order(self.saes)
 
     @property
     def ring_size(self) -> int:
         """Tokens in the shuffling ring: never fewer than a batch."""
         return max(self.buffer or 32 * self.batch_size, self.batch_size)
-
-
-_TYPES: dict[str, type[Any]] = {
-    "relu": ReLU, "topk": TopK, "batchtopk": BatchTopK, "jumprelu": JumpReLU, "gated": Gated, "l1": L1,
-    "target_l0": TargetL0,
-}  # fmt: skip
-_NAMES = {cls: name for name, cls in _TYPES.items()}
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values; parts that come in several kinds carry their kind as `type`."""
-    result: dict[str, Any] = {"type": _NAMES[type(config)]} if type(config) in _NAMES else {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            value = to_dict(value)
-        elif isinstance(value, tuple | list):
-            value = [to_dict(v) if dataclasses.is_dataclass(v) else v for v in value]
-        result[f.name] = value
-    return result
-
-
-def from_dict(cls: type[Any], values: dict[str, Any], where: str = "") -> Any:
-    """The inverse of `to_dict`; keys left out take their defaults.
-
-    Raises:
-        UnweaveError: If a key or a type does not exist (the message names the nearest that does), or a value does not
-            fit.
-    """
-    hints = typing.get_type_hints(cls)
-    keys = [f.name for f in dataclasses.fields(cls)]
-    arguments = {}
-    for key, value in values.items():
-        if key not in keys:
-            raise UnweaveError(
-                f"there is no setting {where + key!r}{nearest(key, keys) or '; there are ' + ', '.join(keys)}"
-            )
-        arguments[key] = _convert(hints[key], value, where + key)
-    return cls(**arguments)
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    options = (
-        typing.get_args(hint)
-        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-        else (hint,)
-    )
-    classes: list[Any] = [o for o in options if dataclasses.is_dataclass(o)]
-    if classes and isinstance(value, dict):
-        if len(classes) == 1 and "type" not in value:
-            return from_dict(classes[0], value, where + ".")
-        kinds = {_NAMES[c]: c for c in classes if c in _NAMES}
-        kind, rest = value.get("type"), {k: v for k, v in value.items() if k != "type"}
-        if kind not in kinds:
-            raise UnweaveError(f"{where} has no type {kind!r}; it is one of {', '.join(kinds)}.")
-        return from_dict(kinds[kind], rest, where + ".")
-    if classes and not any(value is None for o in options if o is type(None)):
-        raise UnweaveError(f"{where} must be a table of settings, such as {{ type = ... }}, got {value!r}.")
-    if typing.get_origin(hint) is tuple and not isinstance(value, list | tuple):
-        raise UnweaveError(
-            f"{where} must be a list (in TOML, tables in a list are written [[{where}]]), got {value!r}."
-        )
-    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
-        return tuple(_convert(typing.get_args(hint)[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if isinstance(value, list) and any(typing.get_origin(o) is tuple for o in options):
-        return tuple(value)
-    literals = [v for o in options if typing.get_origin(o) is Literal for v in typing.get_args(o)]
-    if literals and value not in literals:
-        raise UnweaveError(f"{where} is one of {', '.join(map(repr, literals))}, got {value!r}.")
-    plain = tuple(o for o in options if isinstance(o, type) and not dataclasses.is_dataclass(o))
-    accepted = (*plain, int) if float in plain else plain
-    if (
-        accepted
-        and not literals
-        and (not isinstance(value, accepted) or (isinstance(value, bool) and bool not in plain))
-    ):
-        if isinstance(value, float) and value.is_integer() and int in plain:
-            return int(value)
-        raise UnweaveError(f"{where} must be {' or '.join(p.__name__ for p in plain)}, got {value!r}.")
-    return value

@@ -18,7 +18,7 @@ from unweave import kernels
 from unweave.kernels import cpu
 from unweave.kernels.dispatch import backend
 from unweave.kernels.scratch import scratch
-from unweave.objectives import L1, TargetL0
+from unweave.objectives import L1, RandomMatryoshka, TargetL0
 from unweave.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from unweave.training.config import SAEConfig
 from unweave.training.dense import Aux, auxk_gradients, dense_gradients
@@ -31,9 +31,16 @@ SPARSE_BELOW, DENSE_ABOVE = 0.04, 0.06
 
 def supports(config: SAEConfig, sae: SAE) -> bool:
     """Whether a configuration can take the fused step."""
-    plain = type(config.activation) in (ReLU, TopK, BatchTopK, JumpReLU, Gated)  # a subclass has its own formula
-    others = config.multi_topk or config.ghost or config.pre_act
-    return plain and not others and backend("training step", sae.W_dec, sae.b_dec) == "cpu"
+    kind = type(config.activation)
+    plain = kind in (ReLU, TopK, BatchTopK, JumpReLU, Gated)  # a subclass has its own formula
+    if isinstance(config.activation, JumpReLU):
+        plain = plain and config.activation.is_published
+    terms = config.sparsity_terms
+    plain = plain and len(terms) <= 1 and all(type(term) in (L1, TargetL0) for term in terms)
+    plain = plain and config.error == "squared" and config.auxk.schedule is None and config.dictionary is None
+    others = config.multi_topk or config.ghost or config.pre_act or config.reanimation or config.k_schedule
+    plain = plain and not isinstance(config.matryoshka, RandomMatryoshka)
+    return type(sae) is SAE and plain and not others and backend("training step", sae.W_dec, sae.b_dec) == "cpu"
 
 
 @dataclass
@@ -111,8 +118,8 @@ class Fused:
             theta = sae.threshold.detach()[indices]  # type: ignore[union-attr]
         magnitudes = pre
         if isinstance(config.activation, Gated):
-            gain = sae.r_mag.detach().exp()  # type: ignore[union-attr]
-            magnitudes = pre * gain[indices] + (sae.b_mag.detach() - gain * sae.b_enc.detach())[indices]  # type: ignore[union-attr]
+            gain = sae.r_mag.detach().exp()
+            magnitudes = pre * gain[indices] + (sae.b_mag.detach() - gain * sae.b_enc.detach())[indices]
         active = magnitudes > (0.0 if theta is None else theta)
         codes = magnitudes * active
 

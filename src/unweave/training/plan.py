@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from unweave.activations import ActivationStream
 from unweave.training.config import TrainConfig
-from unweave.training.trainee import Trainee
+from unweave.training.sites import Site
+from unweave.training.trainees import new_trainee
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,25 @@ class Plan:
         )
 
 
-def plan_run(config: TrainConfig, stream: ActivationStream) -> Plan:
-    """Measure a forward pass and a training step of each SAE; the stream is not moved on."""
+def plan_run(config: TrainConfig, stream: ActivationStream, sites: Sequence[Sequence[Site]]) -> Plan:
+    """Measure a forward pass and a training step of each SAE; the stream is not moved on.
+
+    Args:
+        config: The run.
+        stream: Its activations.
+        sites: Where each SAE of the config is trained.
+    """
     cost = stream.measure()
     widths = stream.widths()
     steps, seconds, n_bytes = -(-config.tokens // config.batch_size), 0.0, 0.0
-    for width in widths.values():
-        sample = torch.randn(config.batch_size, width, device=stream.device)
-        for sae in config.saes:
-            trainee = Trainee(sae, sample, steps=steps, tokens=config.tokens, seed=0)
-            trainee.step(sample)
+    sample = {name: torch.randn(config.batch_size, width, device=stream.device) for name, width in widths.items()}
+    for sae, places in zip(config.saes, sites, strict=True):
+        for site in places:
+            trainee = new_trainee(sae, site, sample, steps=steps, tokens=config.tokens, seed=0)
+            rows = site.rows(sample)
+            trainee.step(*rows)
             started = time.perf_counter()
-            trainee.step(sample).loss.item()
+            trainee.step(*rows).loss.item()
             seconds += time.perf_counter() - started
             # Weights, gradients and moments; the encoder's rows in bf16 and int8 are 3 bytes for half of the weights.
             per_parameter = 9.5 + (4 if sae.moments == "bf16" else 8)

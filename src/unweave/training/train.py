@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,15 @@ from torch import Tensor
 from unweave._errors import UnweaveError
 from unweave._files import write_json
 from unweave.activations import ActivationStream, ShuffledBatches, TokenRows
-from unweave.models import LoadedModel, load_model, resolve_hooks, tl_name
-from unweave.sae import SAE, BatchTopK
+from unweave.models import LoadedModel, head_shape, load_model, resolve_hooks, tl_name
+from unweave.sae import SAE
 from unweave.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from unweave.training.config import TrainConfig, from_dict, to_dict
 from unweave.training.finish import finished_sae, save_finished
 from unweave.training.plan import Plan, plan_run
 from unweave.training.progress import say
-from unweave.training.trainee import Trainee
+from unweave.training.sites import Site, sites_of, where
+from unweave.training.trainees import trainees_at
 from unweave.training.trainer import Run, fit
 
 CALIBRATION_TOKENS = 32_768
@@ -57,18 +58,15 @@ class Session:
 
     config: TrainConfig
     model: LoadedModel
-    hooks: list[Any]
+    sites: list[list[Site]]
+    """Of each SAE of the config."""
     rows: TokenRows
     stream: ActivationStream
     data: Any
 
-    @property
-    def names(self) -> list[str]:
-        return [str(hook) for hook in self.hooks]
-
     def plan(self) -> Plan:
         """Shapes, steps, bytes and time, measured on some forward passes and steps."""
-        return plan_run(self.config, self.stream)
+        return plan_run(self.config, self.stream, self.sites)
 
 
 def prepare(config: TrainConfig, model: Any = None, data: Any = None) -> Session:
@@ -78,13 +76,16 @@ def prepare(config: TrainConfig, model: Any = None, data: Any = None) -> Session
         raise UnweaveError(
             f"the model {loaded.name!r} has no tokenizer; train on its activations with train_on instead."
         )
-    hooks = resolve_hooks(loaded.module, config.hooks)
+    hooks = [str(hook) for hook in resolve_hooks(loaded.module, config.hooks)]
+    targets = [str(hook) for hook in resolve_hooks(loaded.module, config.targets)]
+    sites = [sites_of(sae, hooks, targets) for sae in config.saes]
     data = config.data if data is None else data
     rows = TokenRows(data, loaded.tokenizer, config.text, held_out=False, repeat=True)
     if config.text.held_out > 0:
         _check_held_out(data, loaded, config)
-    stream = ActivationStream(loaded, hooks, rows, config.masks, prompts_per_pass=config.prompts_per_pass)
-    return Session(config, loaded, hooks, rows, stream, data)
+    places = resolve_hooks(loaded.module, list(dict.fromkeys([*hooks, *targets])))
+    stream = ActivationStream(loaded, places, rows, config.masks, prompts_per_pass=config.prompts_per_pass)
+    return Session(config, loaded, sites, rows, stream, data)
 
 
 def _check_held_out(data: Any, model: LoadedModel, config: TrainConfig) -> None:
@@ -132,15 +133,8 @@ def train(
     if state is not None:
         batches.load_state_dict(state["stream"])
     steps, sample = -(-config.tokens // config.batch_size), batches.peek(CALIBRATION_TOKENS)
-    seeds = range(config.seed, config.seed + len(config.saes))
-    trainees = {
-        name: [
-            Trainee(c, sample[name], steps=steps, tokens=config.tokens, seed=s)
-            for c, s in zip(config.saes, seeds, strict=True)
-        ]
-        for name in session.names
-    }
-    run = Run(trainees, config.tokens, out)
+    trainees = trainees_at(config.saes, session.sites, sample, steps=steps, tokens=config.tokens, seed=config.seed)
+    run = Run(trainees, config.tokens, out, sites={str(site): site for group in session.sites for site in group})
     if state is not None:
         run.load_state_dict(state["run"])
     del state, sample  # as large as the ring
@@ -160,18 +154,18 @@ def train(
 def _finish(session: Session, run: Run, out: Path | None, stream_state: Callable[[], dict[str, Any]]) -> TrainResult:
     if out is not None:  # whatever happens from here on, the training is not lost
         save_checkpoint(out / "checkpoints", run.step, {"run": run.state_dict(), "stream": stream_state()})
-    needed = any(isinstance(sae.activation, BatchTopK) for sae in session.config.saes)
-    held_out = _held_out_activations(session) if needed else dict.fromkeys(session.names, torch.empty(0))
-    only = len(session.hooks) * len(session.config.saes) == 1
+    needed = any(trainee.sae.activation.calibrated for group in run.trainees.values() for trainee in group)
+    held_out = _held_out_activations(session) if needed else {}
+    only = sum(map(len, run.trainees.values())) == 1
     saes, folders = [], []
-    for hook, name in zip(session.hooks, session.names, strict=True):
-        for i, trainee in enumerate(run.trainees[name]):
-            sae = finished_sae(trainee, [held_out[name]], _metadata(session, hook))
+    for name, group in run.trainees.items():
+        site = run.sites[name]
+        calibration = [site.rows(held_out).x] if held_out else []
+        for i, trainee in enumerate(group):
+            sae = finished_sae(trainee, calibration, _metadata(session, site))
             saes.append(sae)
             if out is not None:
-                folder = (
-                    out / "sae" if only else out / "saes" / name.replace(":", "_") / f"{i:02d}_{sae.activation.name}"
-                )
+                folder = out / "sae" if only else out / "saes" / site.folder / f"{i:02d}_{sae.activation.name}"
                 folders.append(save_finished(sae, trainee.config, folder))
     if out is not None:
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
@@ -183,27 +177,26 @@ def _held_out_activations(session: Session) -> dict[str, Tensor]:
     config = session.config
     held_out = config.text.held_out > 0
     rows = TokenRows(session.data, session.model.tokenizer, config.text, held_out=held_out)
-    stream = ActivationStream(
-        session.model, session.hooks, rows, config.masks, prompts_per_pass=config.prompts_per_pass
-    )
+    hooks = session.stream.hooks
+    stream = ActivationStream(session.model, hooks, rows, config.masks, prompts_per_pass=config.prompts_per_pass)
     parts: list[dict[str, Tensor]] = []
     for part in stream:
         parts.append(part)
-        if sum(len(p[session.names[0]]) for p in parts) >= CALIBRATION_TOKENS:
+        if sum(len(p[str(hooks[0])]) for p in parts) >= CALIBRATION_TOKENS:
             break
     if not parts:
         raise UnweaveError("the masks leave no held-out token to calibrate thresholds on.")
-    return {name: torch.cat([p[name] for p in parts])[:CALIBRATION_TOKENS] for name in session.names}
+    return {name: torch.cat([p[name] for p in parts])[:CALIBRATION_TOKENS] for name in map(str, hooks)}
 
 
-def _metadata(session: Session, hook: Any) -> dict[str, Any]:
-    config = session.config
+def _metadata(session: Session, site: Site) -> dict[str, Any]:
+    config, module = session.config, session.model.module
+    names = {str(hook): tl_name(module, hook) or str(hook) for hook in session.stream.hooks}
     return {
         "model_name": session.model.name,
         "model_class_name": type(session.model.module).__name__,
-        "hook_name": tl_name(session.model.module, hook) or str(hook),
-        "hf_hook_name": str(hook),
-        "hook_head_index": None,
+        **where(site, names),
+        "hook_head_index": _head(session, site),
         "context_size": config.text.context,
         "prepend_bos": config.text.bos,
         "dataset_path": config.data if session.data is config.data else None,
@@ -215,6 +208,17 @@ def _metadata(session: Session, hook: Any) -> dict[str, Any]:
         "training_epochs": session.rows.epoch + 1,
         "seed": config.seed,
     }
+
+
+def _head(session: Session, site: Site) -> int | None:
+    """The number of the head that an SAE is trained on, if its hook is one head of what attention mixes."""
+    hook = next(hook for hook in session.stream.hooks if str(hook) == site.inputs[0])
+    whole = replace(hook, columns=None)
+    if hook.columns is None or not str(tl_name(session.model.module, whole)).endswith("hook_z"):
+        return None
+    width, _ = head_shape(session.model.module, whole)
+    head, rest = divmod(hook.columns[0], width)
+    return head if rest == 0 and hook.columns[1] - hook.columns[0] == width else None
 
 
 def _check_folder(config: TrainConfig, out: Path | None, *, resume: bool, overwrite: bool) -> Path | None:
@@ -268,4 +272,6 @@ def _claim_folder(config: TrainConfig, out: Path, *, keep: bool) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
     for name in ("metrics.jsonl", "eval.json", "features.html"):
         (out / name).unlink(missing_ok=True)
+    for path in out.glob("eval_*.json"):  # of a coder with several targets
+        path.unlink()
     write_json(out / "config.json", to_dict(config))

@@ -6,7 +6,8 @@ arguments of the step they act on, and everything that a later step depends on i
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -15,25 +16,26 @@ from torch import Tensor
 
 from unweave import kernels
 from unweave._errors import UnweaveError
-from unweave.objectives import (
-    L1,
-    TargetL0,
-    auxk_loss,
-    dead_latents_loss,
-    gate_error,
-    l1_penalty,
-    matryoshka_error,
-    multi_topk_error,
-    open_gate,
-    squared_error,
-    target_l0_penalty,
+from unweave.objectives import Matryoshka
+from unweave.sae import (
+    SAE,
+    ArchetypalDictionary,
+    Normalization,
+    TemporalSAE,
+    fold_decoder_norms,
+    fold_input_scale,
+    fold_normalization,
 )
-from unweave.objectives.penalties import decoder_norms
-from unweave.sae import SAE, BatchTopK, Gated, TopK, fold_decoder_norms, fold_input_scale, ops
 from unweave.training.config import SAEConfig
+from unweave.training.dictionary import archetypal_atoms, hand_over, renew
+from unweave.training.fresh import check_start, fresh_coder, scale_of
 from unweave.training.fused import Fused, supports
+from unweave.training.log_threshold import as_logarithm, step_in_log
+from unweave.training.loss import training_loss
 from unweave.training.optimizer import Adam, squares_of
+from unweave.training.resampling import resample
 from unweave.training.schedules import learning_rate_factor, warmup_factor
+from unweave.training.sparsity import Sparsity
 from unweave.training.step import Step
 
 MAX_DEAD_AFTER = 10_000_000
@@ -60,6 +62,8 @@ class Trainee:
     Args:
         config: What to train.
         sample: Activations `(n, d_in)` that give the input scale and the initial decoder bias.
+        target: What a transcoder is to predict from the sample, `(n, d_out)`; None: the sample itself.
+        widths: Widths of the hooks that lie side by side in a crosscoder's sample, by name.
         steps: Steps of the whole run, for the schedules.
         tokens: Tokens of the whole run.
         seed: Gives the initial decoder.
@@ -78,35 +82,57 @@ class Trainee:
         tokens: int,
         seed: int,
         start: SAE | None = None,
+        target: Float[Tensor, "n d_out"] | None = None,
+        widths: Mapping[str, int] | None = None,
     ) -> None:
-        self.config, self.steps, self.step_count = config, steps, 0
-        d_in = sample.shape[1]
-        mean_square = sample.double().square().sum(1).mean().item()  # the square may leave float32's range
-        if mean_square == 0:
-            raise UnweaveError("all activations of the first batch are 0, so there is nothing to train on.")
-        self.scale = (d_in / mean_square) ** 0.5
-        sae = SAE(d_in, config.d_sae, config.activation, generator=torch.Generator().manual_seed(seed))
+        self.config, self.steps, self.step_count, self.seed = config, steps, 0, seed
+        if config.temporal is not None and tokens % config.temporal.context:
+            context = config.temporal.context
+            raise UnweaveError(f"{tokens:,} tokens are no whole number of a temporal SAE's sequences of {context}.")
+        self.scale = scale_of(sample, widths)
+        """What inputs are multiplied by; 1 where every token has its own factor."""
+        self.normalization = None if config.normalize == "scalar" else Normalization.fit(config.normalize, sample)
+        if self.normalization is not None:
+            self.scale = self.normalization.scale
+        self.target_scale = None if target is None else scale_of(target)
+        """What targets are multiplied by; None: they are the inputs."""
+        generator = torch.Generator().manual_seed(seed)
+        shown, scale = (sample, self.scale) if self.normalization is None else (self.normalization(sample), 1.0)
+        sae = fresh_coder(config, shown, target, widths, scale, self.target_scale, generator)
+        self.atoms = None
+        if isinstance(config.dictionary, ArchetypalDictionary):
+            self.atoms = archetypal_atoms(config.dictionary, sae, shown * scale, generator)
         if start is not None:
-            _check_start(start, config, d_in)
+            check_start(start, sae)
+            if self.atoms is not None:
+                raise UnweaveError("an archetypal dictionary starts from data points, not from an SAE that has atoms.")
+            if start.per_token != (self.normalization and self.normalization.per_token):
+                raise UnweaveError(f"the SAE to start from has per_token={start.per_token}, not {config.normalize}.")
             sae.load_state_dict(start.state_dict())
-            fold_input_scale(sae, 1 / self.scale)
-            fold_decoder_norms(sae)
-        elif not config.decoder_is_unit:
-            # A small start lets an L1 penalty's norms grow where they are needed (Anthropic, April 2024).
-            sae.W_dec.data.mul_(0.1)
-            sae.W_enc.data.mul_(0.1)
-        if start is None and config.b_dec_init == "mean":
-            sae.b_dec.data.copy_(sample.float().mean(0).cpu() * self.scale)
+            if isinstance(start, TemporalSAE):
+                self.scale = start.scale
+            elif self.normalization is None:
+                fold_input_scale(sae, 1 / self.scale, None if self.target_scale is None else 1 / self.target_scale)
+            elif self.normalization.mean is not None:
+                fold_normalization(sae, self.normalization.to(sae.device).reversed())
+            folds = sae.activation.scales and config.temporal is None
+            if folds and (config.decoder_is_unit or not sae.activation.needs_unit_norm):
+                fold_decoder_norms(sae)
+        d = sae.d_out
         self.sae = sae.to(sample.device)
         self.dead_after = config.dead_after or min(MAX_DEAD_AFTER, max(tokens // 10, 1))
         self.tokens_since_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=sample.device)
-        self.k_aux = config.auxk.k_for(d_in) if config.auxk.coefficient > 0 else 0
-        self.widths = config.matryoshka.widths_for(config.d_sae) if config.matryoshka else ()
+        self.k_aux = config.auxk.k_for(d) if config.auxk.coefficient > 0 else 0
+        fixed = config.matryoshka if isinstance(config.matryoshka, Matryoshka) else None
+        self.widths = () if fixed is None else fixed.widths_for(config.d_sae)
         self.k_multi = 0
-        if config.multi_topk and isinstance(config.activation, TopK | BatchTopK):
-            self.k_multi = config.multi_topk.k_for(config.activation.k, config.d_sae)
+        if config.multi_topk:
+            self.k_multi = config.multi_topk.k_for(config.activation.k, config.d_sae)  # type: ignore[attr-defined]
 
         parameters = dict(self.sae.named_parameters())
+        if self.atoms is not None:
+            del parameters["W_dec"]
+            parameters |= {f"atoms.{name}": p for name, p in self.atoms.named_parameters()}
         self.rates = {n: config.threshold_lr if n == "threshold" else config.learning_rate for n in parameters}
         moments = torch.bfloat16 if config.moments == "bf16" else torch.float32
         self.optimizer = Adam(parameters, config.betas, moments)
@@ -117,109 +143,108 @@ class Trainee:
         self._screen_of = (0, 0)
         self.lr = config.learning_rate
         """Learning rate of the last step."""
-        match config.sparsity_term:
-            case L1() as l1:
-                self.penalty = l1.coefficient_for(d_in)
-            case TargetL0(_, coefficient):
-                self.penalty = coefficient * d_in
-            case None:
-                self.penalty = 0.0
+        self.sparsity = Sparsity(config, d, steps)
+
+    @property
+    def penalty(self) -> float:
+        """Coefficient of the first sparsity term as it is now, apart from its warm-up; 0 without one."""
+        return self.sparsity.coefficient()
 
     @property
     def dead(self) -> Tensor:
         """Which latents have not fired for `dead_after` tokens."""
         return self.tokens_since_fired >= self.dead_after
 
-    def loss(self, x: Float[Tensor, "n d_in"], sparsity_scale: float) -> tuple[Tensor, Tensor, Any]:
+    def loss(
+        self, x: Float[Tensor, "n d_in"], sparsity_scale: float, target: Float[Tensor, "n d_out"] | None = None
+    ) -> tuple[Tensor, Tensor, Any]:
         """Loss, reconstruction and codes of a batch at the scale of training."""
-        config, sae = self.config, self.sae
-        dead = self.dead
-        n_dead = int(dead.sum()) if self.k_aux or config.ghost or config.pre_act else 0
-        pre, codes, aux, extra = sae.training_codes(x, dead if n_dead else None, self.k_aux, self.k_multi)
-        if self.widths:
-            loss, x_hat = matryoshka_error(codes, sae.W_dec, sae.b_dec, x, self.widths)
-        else:
-            x_hat = ops.decode(codes, sae.W_dec) + sae.b_dec
-            loss = squared_error(x_hat, x)
-        penalised = codes
-        if isinstance(config.activation, Gated):
-            penalised = open_gate(pre)
-            loss = loss + gate_error(penalised, sae.W_dec, sae.b_dec, x)
-        if config.multi_topk and extra is not None:
-            loss = loss + config.multi_topk.coefficient * multi_topk_error(extra, sae.W_dec, x_hat, x)
-        match config.sparsity_term:
-            case L1():
-                loss = loss + sparsity_scale * self.penalty * l1_penalty(penalised, decoder_norms(sae.W_dec))
-            case TargetL0(l0):
-                penalty = target_l0_penalty(pre, sae.threshold, sae.activation, l0)  # type: ignore[arg-type]
-                loss = loss + sparsity_scale * self.penalty * penalty
-        if aux is not None:
-            loss = loss + config.auxk.coefficient * auxk_loss(aux, sae.W_dec, x - x_hat, n_dead, self.k_aux)
-        if n_dead and (config.ghost or config.pre_act):
-            latents = dead.nonzero().flatten()
-            loss = loss + dead_latents_loss(sae, latents, x, x - x_hat, config.pre_act, config.ghost)
-        return loss, x_hat, codes
+        return training_loss(self, x, sparsity_scale, target)
 
-    def _autograd(self, x: Float[Tensor, "n d_in"], sparsity_scale: float) -> Step:
+    def _autograd(self, x: Float[Tensor, "n d_in"], sparsity_scale: float, target: Tensor | None = None) -> Step:
         """Loss and gradients of any objective."""
         sae, parameters = self.sae, self.optimizer.parameters
-        loss, x_hat, codes = self.loss(x, sparsity_scale)
+        loss, x_hat, codes = self.loss(x, sparsity_scale) if target is None else self.loss(x, sparsity_scale, target)
         loss.backward()
         with torch.no_grad():
             if self.config.decoder_is_unit:
                 _remove_parallel_part(sae.W_dec)
+            if self.atoms is not None:
+                hand_over(self.atoms, sae)
             # A parameter that this batch does not reach (a penalty warming up from 0) has none.
             grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
             for parameter in parameters.values():
                 parameter.grad = None
             squares = squares_of(grads)
             smallest = None
-            if isinstance(self.config.activation, BatchTopK):
+            if self.config.activation.calibrated:
                 positive = codes.values[codes.values > 0]
                 smallest = positive.min() if len(positive) else None
-            error = kernels.squared_norm(x_hat.detach() - x)
+            error = kernels.squared_norm(x_hat.detach() - (x if target is None else target))
             return Step(
                 loss.detach(), error, codes.l0().sum(), codes.firing_counts() > 0, smallest, dict(grads), squares
             )
 
-    def step(self, x: Float[Tensor, "n d_in"]) -> StepSums:
-        """Take one optimiser step on raw activations."""
+    def step(self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"] | None = None) -> StepSums:
+        """Take one optimiser step on raw activations and, for a transcoder, what it is to predict from them."""
         config, sae = self.config, self.sae
         if len(x) == 0:
             raise UnweaveError("a training step needs at least one token, and the batch is empty.")
-        x = x.detach().to(sae.dtype) * self.scale
+        x = x.detach().to(sae.dtype)
+        x = x * self.scale if self.normalization is None else self.normalization(x)
+        if self.target_scale is not None and target is not None:
+            target = target.detach().to(sae.dtype) * self.target_scale
         sparsity_scale = warmup_factor(self.step_count, self.steps, config.sparsity_warmup)
         made = None
         if self.fused is not None:
+            penalty = self.sparsity.scaled(self.step_count, sparsity_scale)
             with suppress(kernels.TooDense):
-                made = self.fused(x, self.dead, sparsity_scale * self.penalty, self._current_screen())
+                made = self.fused(x, self.dead, penalty, self._current_screen())
         if made is None:
-            made = self._autograd(x, sparsity_scale)
+            made = self._autograd(x, sparsity_scale, target)
+        log_threshold = getattr(config.activation, "log_threshold", False)
+        if log_threshold:
+            made = step_in_log(made, sae.threshold)  # type: ignore[arg-type]
         grad_norm = made.squares.sqrt().to(torch.float32)
         if not grad_norm.isfinite():
             raise UnweaveError(f"the gradient of step {self.step_count} is NaN or infinite: try a lower learning rate.")
         clip = 1.0
         if config.grad_clip:
-            clip = min(1.0, config.grad_clip * sae.d_in / (float(grad_norm) + 1e-6))
+            clip = min(1.0, config.grad_clip * sae.d_out / (float(grad_norm) + 1e-6))
         factor = learning_rate_factor(self.step_count, self.steps, config.warmup, config.decay)
         self.lr = config.learning_rate * factor
-        self._screen = self.optimizer.step(
-            made.grads,
-            {name: rate * factor for name, rate in self.rates.items()},
-            grad_scale=clip,
-            unit="W_dec" if config.decoder_is_unit else None,
-            screen=None if self.fused is None else ("W_enc", config.precision),
-            instead_of=self._screen,
-        )
+        rates = {name: rate * factor for name, rate in self.rates.items()}
+        if config.threshold_schedule is not None:
+            rates["threshold"] *= config.threshold_schedule(self.step_count, self.steps)
+        with as_logarithm(sae.threshold) if log_threshold else nullcontext():  # type: ignore[arg-type]
+            self._screen = self.optimizer.step(
+                made.grads,
+                rates,
+                grad_scale=clip,
+                unit="W_dec" if config.decoder_is_unit else None,
+                screen=None if self.fused is None else ("W_enc", config.precision),
+                instead_of=self._screen,
+            )
         self._screen_of = self._state_of_encoder()
+        if self.atoms is not None:
+            renew(self.atoms, sae)
         with torch.no_grad():
             if isinstance(sae.threshold, torch.nn.Parameter):
                 sae.threshold.clamp_(min=0)
             self._track(made, len(x))
+        self.sparsity.observe(made.l0 / len(x), self.step_count)
+        if config.resampling is not None and config.resampling.due(self.step_count, self.steps):
+            replaced = resample(sae, self.optimizer, self.dead, x, config.resampling, self.draws())
+            self.tokens_since_fired[replaced] = 0
         self.step_count += 1
         n = torch.tensor(float(len(x)), device=x.device)
-        variance = kernels.squared_norm(torch.sub(x, x.mean(0), out=x))  # x is not used again
+        y = x if target is None else target
+        variance = kernels.squared_norm(torch.sub(y, y.mean(0), out=y))  # not used again
         return StepSums(n, made.squared_error, variance, made.l0, made.loss * n, grad_norm * n)
+
+    def draws(self) -> torch.Generator:
+        """The random numbers of a step: a function of seed and step alone, so that a resumed run draws alike."""
+        return torch.Generator().manual_seed((self.seed << 32) + self.step_count)
 
     def _state_of_encoder(self) -> tuple[int, int]:
         return self.sae.W_enc._version, self.sae.W_enc.data_ptr()
@@ -232,7 +257,7 @@ class Trainee:
         """Count the tokens since each latent fired; estimate BatchTopK's inference threshold (bias-corrected mean)."""
         self.tokens_since_fired += n
         self.tokens_since_fired[made.fired] = 0
-        if isinstance(self.config.activation, BatchTopK) and made.smallest is not None:
+        if self.config.activation.calibrated and made.smallest is not None:
             threshold, t = self.sae.threshold, self.step_count
             assert threshold is not None
             before = torch.where(threshold.isnan(), 0.0, threshold) * (1 - _EMA**t)
@@ -245,28 +270,31 @@ class Trainee:
             "optimizer": self.optimizer.state_dict(),
             "tokens_since_fired": self.tokens_since_fired,
             "scale": self.scale,
+            "normalization": None if self.normalization is None else vars(self.normalization),
+            "target_scale": self.target_scale,
             "step_count": self.step_count,
+            "atoms": None if self.atoms is None else dict(self.atoms.state_dict()),
             "dense": self.fused is not None and self.fused.dense,
+            "sparsity": self.sparsity.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         self.sae.load_state_dict(state["sae"])
+        if self.atoms is not None:
+            self.atoms.load_state_dict(state["atoms"])
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
-        self.scale, self.step_count = state["scale"], state["step_count"]
+        self.scale, self.target_scale = state["scale"], state["target_scale"]
+        if isinstance(self.scale, Tensor):
+            self.scale = self.scale.to(self.sae.device)
+        if self.normalization is not None:
+            self.normalization = Normalization(**state["normalization"]).to(self.sae.device)
+        self.step_count = state["step_count"]
         self.optimizer.load_state_dict(state["optimizer"], self.step_count)
+        self.sparsity.load_state_dict(state["sparsity"], self.step_count)
         self._screen = None  # of the weights before
         if self.fused is not None:
             self.fused.dense = bool(state.get("dense"))
-
-
-def _check_start(start: SAE, config: SAEConfig, d_in: int) -> None:
-    found, wanted = (start.d_in, start.d_sae, start.activation), (d_in, config.d_sae, config.activation)
-    for name, value, expected in zip(("d_in", "d_sae", "activation"), found, wanted, strict=True):
-        if value != expected:
-            raise UnweaveError(f"the SAE to start from has {name}={value}, and {name}={expected} is to be trained.")
-    if not start.apply_b_dec_to_input:
-        raise UnweaveError("an SAE that does not subtract its decoder bias from its input cannot be trained further.")
 
 
 @torch.no_grad()

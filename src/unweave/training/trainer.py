@@ -25,9 +25,10 @@ from torch import Tensor
 
 from unweave._errors import UnweaveError
 from unweave._files import atomic_path
-from unweave.objectives import TargetL0
+from unweave.objectives import QuadraticL0, TargetL0
 from unweave.training.checkpoint import save_checkpoint
 from unweave.training.progress import Progress
+from unweave.training.sites import Site
 from unweave.training.trainee import StepSums, Trainee
 from unweave.training.watch import warnings_for
 
@@ -46,7 +47,7 @@ class Run:
     """Where a training run stands.
 
     Attributes:
-        trainees: The SAEs of each hook.
+        trainees: The SAEs of each site, by its name.
         tokens: Tokens to train on.
         seen: Tokens trained on so far.
         step: Steps taken so far.
@@ -66,6 +67,8 @@ class Run:
     """The last batches of each hook, which calibrate thresholds where nothing is held out."""
     sums: dict[str, list[StepSums]] = field(default_factory=dict)
     """What has been summed up since the last logged row, for each SAE of each hook."""
+    sites: dict[str, Site] = field(default_factory=dict)
+    """Where the trainees of each name read and what they predict; a name that is missing is that of a hook."""
 
     def state_dict(self) -> dict[str, Any]:
         trainees = {hook: [t.state_dict() for t in group] for hook, group in self.trainees.items()}
@@ -115,12 +118,15 @@ def fit(
                 raise UnweaveError(f"the activations ran out after {run.seen:,} of {run.tokens:,} tokens.")
             n = 0
             for hook, trainees in run.trainees.items():
-                x = batch[hook][: run.tokens - run.seen]
+                x, y = run.sites.get(hook, Site((hook,))).rows(batch)
+                x, y = x[: run.tokens - run.seen], None if y is None else y[: run.tokens - run.seen]
                 n = len(x)
                 _check_batch(x, trainees[0].sae.d_in, hook, run.step)
+                if y is not None:
+                    _check_batch(y, trainees[0].sae.d_out, hook, run.step)
                 if run.keep_recent:
                     run.recent[hook] = [*run.recent.get(hook, []), x.detach()][-run.keep_recent :]
-                steps = [trainee.step(x) for trainee in trainees]
+                steps = [trainee.step(x, y) for trainee in trainees]
                 before = run.sums.get(hook)
                 run.sums[hook] = [_add(a, b) for a, b in zip(before, steps, strict=True)] if before else steps
             run.seen, run.step, since_checkpoint = run.seen + n, run.step + 1, since_checkpoint + n
@@ -177,7 +183,11 @@ def _row(run: Run, hook: str, i: int, sums: StepSums, rate: float) -> dict[str, 
     if trainee.sae.threshold is not None:
         threshold = trainee.sae.threshold.mean().item()
         row["threshold"] = None if math.isnan(threshold) else threshold  # a BatchTopK that has not fired yet has none
-    if isinstance(trainee.config.sparsity_term, TargetL0):
+    if trainee.sparsity.terms:
+        row["coefficient"] = trainee.sparsity.scaled(max(trainee.step_count - 1, 0), 1.0)
+    if trainee.config.l0_controller is not None:
+        row["target_l0"] = trainee.config.l0_controller.target
+    elif isinstance(trainee.config.sparsity_term, TargetL0 | QuadraticL0):
         row["target_l0"] = trainee.config.sparsity_term.l0
     if not all(v is None or isinstance(v, str) or abs(v) < float("inf") for v in row.values()):
         raise UnweaveError(f"training diverged at step {run.step} ({trainee.config}): try a lower learning rate.")

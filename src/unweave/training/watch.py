@@ -25,9 +25,12 @@ def warnings_for(history: Sequence[Row]) -> list[str]:
     if target and progress > 0.3 and len(window) >= 4:
         l0s = [row["l0"] for row in window]
         if abs(last["l0"] / target - 1) > 0.5 and max(l0s) - min(l0s) < 0.02 * last["l0"]:
-            found.append(f"L0 is flat at {last['l0']:.0f}, the target is {target:g}: try a higher sparsity coefficient")
-        thresholds = [row["threshold"] for row in window]
-        if max(thresholds) - min(thresholds) < 1e-3 * max(thresholds) and abs(last["l0"] / target - 1) > 0.2:
+            moves = len({row.get("coefficient") for row in window}) > 1  # a controller has tried that already
+            advice = "a higher learning rate" if moves else "a higher sparsity coefficient"
+            found.append(f"L0 is flat at {last['l0']:.0f}, the target is {target:g}: try {advice}")
+        thresholds = [row["threshold"] for row in window if "threshold" in row]
+        still = bool(thresholds) and max(thresholds) - min(thresholds) < 1e-3 * max(thresholds)
+        if still and abs(last["l0"] / target - 1) > 0.2:
             found.append("the threshold is not moving: try a higher threshold_lr or a wider bandwidth")
     if progress > 0.1 and last["l0"] < 0.5:
         found.append(f"L0 is {last['l0']:.2g}, hardly any latent fires: try a lower sparsity coefficient")

@@ -1,0 +1,93 @@
+"""Which parts of an SAE's training go together: what makes no sense is refused with the reason before anything runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from unweave._errors import UnweaveError
+from unweave.objectives import AuxK, Penalty, RandomMatryoshka, TargetL0
+
+if TYPE_CHECKING:
+    from unweave.training.config import SAEConfig
+
+
+def check_objectives(config: SAEConfig) -> None:
+    """Refuse objectives that do not go with the activation function or with each other.
+
+    Raises:
+        UnweaveError: With the reason.
+    """
+    name = type(config.activation).__name__
+    _check_sparsity(config)
+    if isinstance(config.matryoshka, RandomMatryoshka):
+        config.matryoshka.check(config.d_sae)
+    elif config.matryoshka is not None:
+        config.matryoshka.widths_for(config.d_sae)
+    if config.multi_topk is not None:
+        if not config.activation.widens:
+            raise UnweaveError(f"Multi-TopK is a second, larger k beside the first, and {name} has none.")
+        config.multi_topk.k_for(_k_of(config), config.d_sae)
+    if config.pre_act is not None and config.activation.ranked:
+        raise UnweaveError(
+            f"the pre-activation loss compares a latent with a bound of its own, and {name} ranks latents against "
+            "each other: AuxK is what revives them."
+        )
+    if config.ghost is not None:
+        if config.auxk == AuxK():
+            object.__setattr__(config, "auxk", AuxK(coefficient=0))
+        if config.auxk.coefficient > 0:
+            raise UnweaveError(
+                "ghost gradients and AuxK both reconstruct the residual with dead latents: give one of them."
+            )
+    if config.W_dec_init == "data" and config.coder == "transcoder":
+        raise UnweaveError(f"W_dec_init='data' takes directions of the inputs, and a {config.coder} writes elsewhere.")
+    _check_schedules(config)
+
+
+def _k_of(config: SAEConfig) -> Any:
+    return getattr(config.activation, "k", None)
+
+
+def _check_sparsity(config: SAEConfig) -> None:
+    for term in config.sparsity_terms:
+        if not isinstance(term, Penalty):
+            raise UnweaveError(f"sparsity takes penalties such as L1(...), got {term!r}.")
+        if reason := term.goes_with(config.activation):
+            raise UnweaveError(reason)
+        # A default that nobody asked for does not stand in the way.
+        if config.sparsity is not None and (l0 := getattr(term, "l0", 0)) > config.d_sae:
+            raise UnweaveError(f"a target L0 of {l0} is larger than d_sae={config.d_sae}.")
+    if config.l0_controller is None:
+        return
+    if config.activation.ranked:
+        raise UnweaveError(
+            f"an L0 controller moves a sparsity coefficient, and the L0 of {type(config.activation).__name__} is its k."
+        )
+    if not config.sparsity_terms:
+        raise UnweaveError("an L0 controller moves the coefficient of a penalty: give sparsity=L1() or another one.")
+    if any(isinstance(term, TargetL0) or hasattr(term, "l0") for term in config.sparsity_terms):
+        raise UnweaveError(
+            "an L0 controller moves the coefficient until L0 is reached, and TargetL0 and QuadraticL0 have a target of "
+            "their own: control L0() or another penalty."
+        )
+    if config.l0_controller.target > config.d_sae:
+        raise UnweaveError(f"a target L0 of {config.l0_controller.target} is larger than d_sae={config.d_sae}.")
+
+
+def _check_schedules(config: SAEConfig) -> None:
+    if config.threshold_schedule is not None and (
+        config.activation.threshold_shape is None or config.activation.calibrated
+    ):
+        raise UnweaveError(
+            f"threshold_schedule moves the learning rate of learnt thresholds, and {type(config.activation).__name__} "
+            "has none."
+        )
+    if config.k_schedule is None:
+        return
+    if _k_of(config) is None:
+        raise UnweaveError(f"k_schedule anneals k, and {type(config.activation).__name__} has none.")
+    if config.multi_topk is not None:
+        raise UnweaveError("Multi-TopK's larger k stands beside a k that stays: leave out k_schedule or multi_topk.")
+    if config.k_schedule.start > config.d_sae:
+        raise UnweaveError(f"k_schedule starts at {config.k_schedule.start}, above d_sae={config.d_sae}.")
+    config.activation.with_k(config.k_schedule.start)

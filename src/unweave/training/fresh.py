@@ -1,0 +1,117 @@
+"""A coder before its first step: the scales of what it sees, its initial weights and biases."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unweave._errors import UnweaveError
+from unweave.sae import SAE, Crosscoder, TemporalSAE, Transcoder
+from unweave.sae.init import data_directions, middle
+from unweave.training.config import SAEConfig
+from unweave.training.dictionary import is_tied
+
+Scale = float | Float[Tensor, " d"]
+"""What activations are multiplied by in training: one factor, or for several hooks side by side one per dimension."""
+
+
+def scale_of(sample: Float[Tensor, "n d"], widths: Mapping[str, int] | None = None) -> Scale:
+    """The factor that gives a sample the mean squared norm d; each hook has its own.
+
+    Args:
+        sample: Activations.
+        widths: Widths of the hooks that lie side by side in the sample; None: it is of one hook.
+
+    Raises:
+        UnweaveError: If all of the sample, or all of it at one hook, is 0.
+    """
+    if widths is None:
+        mean_square = sample.double().square().sum(1).mean().item()  # the square may leave float32's range
+        if mean_square == 0:
+            raise UnweaveError("all activations of the first batch are 0, so there is nothing to train on.")
+        return float((sample.shape[1] / mean_square) ** 0.5)
+    parts = sample.split(list(widths.values()), 1)
+    return torch.cat([torch.full((p.shape[1],), scale_of(p), device=sample.device) for p in parts])  # type: ignore[arg-type]
+
+
+def fresh_coder(
+    config: SAEConfig,
+    sample: Float[Tensor, "n d_in"],
+    target: Float[Tensor, "n d_out"] | None,
+    widths: Mapping[str, int] | None,
+    scale: Scale,
+    target_scale: Scale | None,
+    generator: torch.Generator,
+) -> SAE:
+    """A coder of the configured kind with its initial weights, on the CPU.
+
+    Where there is no pre-encoder bias, `b_enc` centres the inputs instead. A transcoder's decoder starts at 0, so that
+    it first predicts the mean (Paulo et al., arXiv 2501.18823), unless its rows are to have unit norm.
+
+    Args:
+        config: What is trained.
+        sample: Raw inputs.
+        target: Raw targets, for a transcoder.
+        widths: Widths of a crosscoder's hooks.
+        scale: What training multiplies inputs by.
+        target_scale: What it multiplies targets by.
+        generator: Source of the random weights.
+    """
+    d_in, d_sae, activation = sample.shape[1], config.d_sae, config.activation
+    small = not config.decoder_is_unit
+    if config.coder == "transcoder":
+        assert target is not None
+        sae: SAE = Transcoder(d_in, target.shape[1], d_sae, activation, skip=config.skip, generator=generator)
+        if small:
+            sae.W_dec.data.zero_()
+    elif config.coder == "crosscoder":
+        assert widths is not None
+        sae = Crosscoder(widths, d_sae, activation, generator=generator)
+        if small:
+            # Norm 0.1 at each hook, as published.
+            sae.W_dec.data.mul_(0.1 * len(widths) ** 0.5)
+            sae.W_enc.data.mul_(0.1 * len(widths) ** 0.5)
+    elif config.temporal is not None:
+        sae = TemporalSAE(d_in, d_sae, activation, config.temporal, generator=generator)
+    else:
+        sae = SAE(d_in, d_sae, activation, tied=is_tied(config), generator=generator)
+        if small:
+            # A small start lets an L1 penalty's norms grow where they are needed (Anthropic, April 2024).
+            sae.W_dec.data.mul_(0.1)
+            sae.W_enc.data.mul_(0.1)
+    if config.W_dec_init == "data":
+        rows = data_directions(sample.float() * scale, d_sae, generator) * sae.W_dec.detach().norm(dim=1)[:, None]
+        sae.W_dec.data.copy_(rows)
+        sae.W_enc.data.copy_(rows.T)
+    if config.b_dec_init != "zeros":
+        mean = middle(sample, config.b_dec_init) * scale
+        if not sae.apply_b_dec_to_input:
+            sae.b_enc.data.copy_(-(mean.cpu() @ sae.W_enc.detach()))
+        if target is not None and target_scale is not None:
+            mean = middle(target, config.b_dec_init) * target_scale
+        sae.b_dec.data.copy_(mean)
+    return sae
+
+
+def check_start(start: SAE, fresh: SAE) -> None:
+    """Refuse an SAE that cannot be trained on as the configured one.
+
+    Raises:
+        UnweaveError: If a width, the activation function or the kind of coder differs.
+    """
+    for name in ("d_in", "d_out", "d_sae", "activation"):
+        value, expected = getattr(start, name), getattr(fresh, name)
+        if value != expected:
+            raise UnweaveError(f"the SAE to start from has {name}={value}, and {name}={expected} is to be trained.")
+    if isinstance(start, TemporalSAE) and isinstance(fresh, TemporalSAE):
+        settings = dataclasses.replace(start.settings, context=fresh.settings.context)
+        if settings != fresh.settings:
+            raise UnweaveError(f"the SAE to start from has {settings}, and {fresh.settings} is to be trained.")
+    if type(start) is not type(fresh):
+        raise UnweaveError(f"a {type(start).__name__} cannot be trained further as {type(fresh).__name__}.")
+    if start.apply_b_dec_to_input != fresh.apply_b_dec_to_input:
+        raise UnweaveError("an SAE that does not subtract its decoder bias from its input cannot be trained further.")

@@ -1,0 +1,137 @@
+"""Where a coder reads and what it predicts: which hooks of a batch become its inputs and its targets.
+
+An autoencoder has one hook, a transcoder a hook and a target, and a crosscoder all hooks of the run at once. Rows of
+all hooks come from the same tokens in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unweave._errors import UnweaveError
+
+if TYPE_CHECKING:
+    from unweave.training.config import SAEConfig
+
+
+class Rows(NamedTuple):
+    """The activations of some tokens, as a coder takes them."""
+
+    x: Float[Tensor, "n d_in"]
+    """Inputs; several hooks lie side by side."""
+    y: Float[Tensor, "n d_out"] | None = None
+    """Targets; None: the inputs themselves."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """The place of a coder.
+
+    Attributes:
+        inputs: Names of the hooks that it reads.
+        targets: Names of the hooks that it predicts; none: those that it reads.
+    """
+
+    inputs: tuple[str, ...]
+    targets: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        names = "+".join(self.inputs)
+        return names if not self.targets else f"{names}->{'+'.join(self.targets)}"
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder."""
+        return str(self).replace("->", "_to_").replace(":", "_")
+
+    def rows(self, batch: Mapping[str, Float[Tensor, "n d"]]) -> Rows:
+        """The inputs and targets of a batch."""
+        return Rows(_side_by_side(batch, self.inputs), _side_by_side(batch, self.targets) if self.targets else None)
+
+    def widths(self, batch: Mapping[str, Float[Tensor, "n d"]]) -> tuple[dict[str, int], dict[str, int]]:
+        """Width at each input, and at each target."""
+        return {h: batch[h].shape[1] for h in self.inputs}, {h: batch[h].shape[1] for h in self.targets}
+
+
+def _side_by_side(batch: Mapping[str, Tensor], hooks: Sequence[str]) -> Tensor:
+    return batch[hooks[0]] if len(hooks) == 1 else torch.cat([batch[hook] for hook in hooks], 1)
+
+
+def sites_of(config: SAEConfig, hooks: Sequence[str], targets: Sequence[str]) -> list[Site]:
+    """Where one config is trained.
+
+    Args:
+        config: What is trained.
+        hooks: The run's hooks, resolved.
+        targets: The run's targets, resolved; the n-th belongs to the n-th hook.
+
+    Raises:
+        UnweaveError: If there is not one target for each hook of a coder that needs them, or fewer hooks than a
+            crosscoder needs.
+    """
+    match config.coder:
+        case "transcoder" if len(hooks) != len(targets):
+            raise UnweaveError(
+                f"each hook needs a target of its own: the hooks are {', '.join(hooks)}, and the targets "
+                f"{', '.join(targets)}."
+            )
+        case "crosscoder" if len(hooks) < 2:
+            raise UnweaveError(f"a crosscoder needs two or more hooks, and there is only {hooks[0]!r}.")
+        case "sae":
+            return [Site((hook,)) for hook in hooks]
+        case "transcoder":
+            return [Site((hook,), (target,)) for hook, target in zip(hooks, targets, strict=True)]
+        case _:
+            return [Site(tuple(hooks))]
+
+
+def check_sites(saes: Sequence[SAEConfig], targets: Sequence[str]) -> None:
+    """Refuse coders without targets and targets without coders, before anything is loaded."""
+    wanted = any(sae.coder == "transcoder" for sae in saes)
+    if wanted and not targets:
+        raise UnweaveError(
+            "a transcoder needs the hook whose activations it predicts: give targets, one for each of the hooks."
+        )
+    if targets and not wanted:
+        raise UnweaveError(
+            f"the target {targets[0]!r} is predicted by nothing: give the coder 'transcoder', or no targets."
+        )
+
+
+def check_coder(config: SAEConfig) -> None:
+    """Refuse what a kind of coder cannot do."""
+    kind = config.coder
+    if config.skip and kind != "transcoder":
+        raise UnweaveError(f"a skip is a transcoder's linear map from its input to its target, and this is a {kind}.")
+    if kind == "sae":
+        return
+    if config.normalize != "scalar":
+        raise UnweaveError(
+            f"normalize={config.normalize!r} is an autoencoder's: a {kind} scales each hook by one factor."
+        )
+    if config.dictionary is not None or config.activation.tied:
+        raise UnweaveError(f"a {kind} has an encoder of its own: only an SAE can be tied or have a dictionary.")
+    if config.resampling is not None:
+        raise UnweaveError(f"resampling writes input directions into the decoder, and a {kind} writes elsewhere.")
+
+
+def where(site: Site, names: Mapping[str, str]) -> dict[str, object]:
+    """The metadata that say where a coder belongs in its model, under SAELens' keys where it has them.
+
+    Args:
+        site: The place.
+        names: TransformerLens' name of each hook, or the hook's own.
+    """
+    found: dict[str, object] = {}
+    for hooks, suffix in ((site.inputs, ""), (site.targets, "_out")):
+        if len(hooks) == 1:
+            found |= {f"hook_name{suffix}": names[hooks[0]], f"hf_hook_name{suffix}": hooks[0]}
+        elif hooks:
+            found |= {f"hook_names{suffix}": [names[h] for h in hooks], f"hf_hook_names{suffix}": list(hooks)}
+    return found
