@@ -77,8 +77,8 @@ def stop_after(monkeypatch, step):
     """As Ctrl-C does, in the middle of a run."""
     taken, stopped = Trainee.step, []
 
-    def counted(self, x):
-        sums = taken(self, x)
+    def counted(self, x, target=None):
+        sums = taken(self, x, target)
         if self.step_count == step and not stopped:
             stopped.append(step)
             signal.raise_signal(signal.SIGINT)

@@ -207,3 +207,10 @@ def test_bad_input(features, generator):
         eval_sae_on_synthetic_data(sae, features, ActivationGenerator(5, 0.1))
     with pytest.raises(UnweaveError, match=f"width 9, and the dictionary's are of width {D}"):
         eval_sae_on_synthetic_data(SAE(9, K, TopK(4)), features, generator)
+
+
+def test_an_sae_that_normalises_each_token_is_scored_on_what_it_gives_back(features, generator):
+    sae = true_sae(features, activation=JumpReLU(0.01))
+    sae.per_token = "constant_norm_rescale"
+    result = evaluate(sae, features, generator)
+    assert result.explained_variance > 0.5

@@ -67,6 +67,7 @@ class _Ranked(Activation):
     def __post_init__(self) -> None:
         if self.k < 1 or self.k % 1:
             raise UnweaveError(f"{type(self).__name__} needs a whole k of at least 1, got k={self.k}.")
+        object.__setattr__(self, "k", int(self.k))  # 4.0 is meant as 4
 
     def with_k(self, k: float) -> Any:
         return dataclasses.replace(cast(Any, self), k=round(k))

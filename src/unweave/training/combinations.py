@@ -70,6 +70,8 @@ def _check_sparsity(config: SAEConfig) -> None:
             "an L0 controller moves the coefficient until L0 is reached, and TargetL0 and QuadraticL0 have a target of "
             "their own: control L0() or another penalty."
         )
+    if config.sparsity_warmup >= 1 and any(term.schedule is None for term in config.sparsity_terms):
+        raise UnweaveError("an L0 controller begins when the coefficient has warmed up: it needs sparsity_warmup < 1.")
     if config.l0_controller.target > config.d_sae:
         raise UnweaveError(f"a target L0 of {config.l0_controller.target} is larger than d_sae={config.d_sae}.")
 

@@ -24,7 +24,7 @@ from unweave.activations import DataConfig, MaskConfig, TokenRows
 from unweave.activations.masks import Masks
 from unweave.activations.tokens import TokenBatch
 from unweave.models import Hook, LoadedModel, load_model, resolve_hooks, splice
-from unweave.objectives import EndToEnd, balanced, ce_loss, downstream_error, kl_loss, squared_error
+from unweave.objectives import Contrastive, EndToEnd, balanced, ce_loss, downstream_error, kl_loss, squared_error
 from unweave.sae import SAE
 from unweave.training.config import SAEConfig
 from unweave.training.finish import finished_sae
@@ -94,6 +94,8 @@ def train_end_to_end(
             "an end-to-end loss takes the place of an autoencoder's squared error: leave out coder, matryoshka, error "
             "and normalize."
         )
+    if config.temporal or any(isinstance(term, Contrastive) for term in config.sparsity_terms):
+        raise UnweaveError("an end-to-end loss leaves masked tokens out, so it has no whole sequences or pairs.")
     loaded = model if isinstance(model, LoadedModel) else load_model(model)
     if loaded.tokenizer is None:
         raise UnweaveError(f"the model {loaded.name!r} has no tokenizer, so it cannot read text.")

@@ -16,6 +16,7 @@ from unweave._errors import UnweaveError
 from unweave.objectives import L0, L1, Lp, QuadraticL0, Tanh, TargetL0
 from unweave.sae import (
     SAE,
+    Crosscoder,
     Gated,
     JumpReLU,
     ReLU,
@@ -84,23 +85,26 @@ def finished_sae(trainee: Trainee, calibration: list[Float[Tensor, "n d_in"]], m
     sae.metadata |= {
         "training": to_dict(trainee.config),
         "training_steps": trainee.step_count,
-        "input_scale": _plain(trainee.scale),
+        "input_scale": _plain(trainee.scale, sae),
         "num_dead_features": int(trainee.dead.sum()),
         "sparsity_coefficients": [trainee.sparsity.coefficient(i) for i in range(len(trainee.sparsity.terms))],
     }
     if trainee.target_scale is not None:
-        sae.metadata["target_scale"] = _plain(trainee.target_scale)
+        sae.metadata["target_scale"] = _plain(trainee.target_scale, sae)
     return sae
 
 
-def _plain(scale: Scale) -> float | list[float]:
-    """A scale as a JSON value: one number, or one for each hook."""
-    return scale if isinstance(scale, float) else torch.unique_consecutive(scale).tolist()
+def _plain(scale: Scale, sae: SAE) -> float | list[float]:
+    """A scale as a JSON value: one number, or one for each hook of a crosscoder."""
+    if isinstance(scale, float):
+        return scale
+    assert isinstance(sae, Crosscoder)
+    return [float(part[0]) for part in scale.split(list(sae.widths.values()))]
 
 
 def save_finished(sae: SAE, config: SAEConfig, folder: Path) -> Path:
     """Write the inference form to `folder` and the training form to `folder/training`."""
-    save_training_form(sae, folder / "training", _sae_lens_training_keys(config, sae.d_in))
+    save_training_form(sae, folder / "training", _sae_lens_training_keys(config, sae.d_out))
     return sae.save(folder)
 
 

@@ -13,6 +13,9 @@ from unweave.training.config import TrainConfig
 from unweave.training.sites import Site
 from unweave.training.trainees import new_trainee
 
+CALIBRATION_TOKENS = 32_768
+"""Activations that give scales, initial biases and points before training, and thresholds after it; at most."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -68,11 +71,14 @@ def plan_run(config: TrainConfig, stream: ActivationStream, sites: Sequence[Sequ
     cost = stream.measure()
     widths = stream.widths()
     steps, seconds, n_bytes = -(-config.tokens // config.batch_size), 0.0, 0.0
-    sample = {name: torch.randn(config.batch_size, width, device=stream.device) for name, width in widths.items()}
+    n = config.batch_size
+    if _needs_points(config):
+        n = max(n, min(CALIBRATION_TOKENS, config.ring_size))
+    sample = {name: torch.randn(n, width, device=stream.device) for name, width in widths.items()}
     for sae, places in zip(config.saes, sites, strict=True):
         for site in places:
             trainee = new_trainee(sae, site, sample, steps=steps, tokens=config.tokens, seed=0)
-            rows = site.rows(sample)
+            rows = site.rows({name: x[: config.batch_size] for name, x in sample.items()})
             trainee.step(*rows)
             started = time.perf_counter()
             trainee.step(*rows).loss.item()
@@ -91,6 +97,11 @@ def plan_run(config: TrainConfig, stream: ActivationStream, sites: Sequence[Sequ
         ring_bytes=config.ring_size * sum(cost.bytes_per_token.values()),
         sae_bytes=n_bytes,
     )
+
+
+def _needs_points(config: TrainConfig) -> bool:
+    """Whether an SAE begins with statistics or points of many activations."""
+    return any(c.normalize == "whiten" or c.W_dec_init == "data" or c.dictionary is not None for c in config.saes)
 
 
 def duration(seconds: float) -> str:

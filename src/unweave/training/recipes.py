@@ -220,7 +220,8 @@ def crosscoder(d_sae: int = 16_384, *, l1: float = 2.0) -> SAEConfig:
 
     Anthropic, Sparse Crosscoders, October 2024, as in the open replication: decoder norm 0.1 at each hook, the penalty
     rising over the first 5 % of the run, learning rate 5e-5 falling to 0 over the last 20 %, clipping, nothing against
-    dead latents. Batches of 4096. For comparing two models BatchTopK avoids the artefacts of L1.
+    dead latents. Batches of 4096. The coefficient is unweave's start for a sweep, not a published one. For comparing
+    two models BatchTopK avoids the artefacts of L1.
     """
     return SAEConfig(
         d_sae=d_sae, activation=ReLU(), coder="crosscoder", sparsity=L1(l1), auxk=_NO_AUXK, lr=5e-5, warmup=0.0,

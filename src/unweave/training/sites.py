@@ -6,6 +6,7 @@ all hooks come from the same tokens in the same order.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +19,10 @@ from unweave._errors import UnweaveError
 
 if TYPE_CHECKING:
     from unweave.training.config import SAEConfig
+
+
+_LONGEST_FOLDER = 150
+"""Characters of a folder's name; file systems take 255 bytes."""
 
 
 class Rows(NamedTuple):
@@ -48,7 +53,10 @@ class Site:
     @property
     def folder(self) -> str:
         """The name of its folder."""
-        return str(self).replace("->", "_to_").replace(":", "_")
+        name = str(self).replace("->", "_to_").replace(":", "_")
+        if len(name) <= _LONGEST_FOLDER:
+            return name
+        return f"{name[:_LONGEST_FOLDER]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
     def rows(self, batch: Mapping[str, Float[Tensor, "n d"]]) -> Rows:
         """The inputs and targets of a batch."""

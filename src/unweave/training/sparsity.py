@@ -71,7 +71,8 @@ class Sparsity:
 
     def observe(self, l0: Tensor, step: int) -> None:
         """Tell the controller the mean L0 of the step that was taken."""
-        if self.controller is not None and step >= round(self.warmup * self.steps):
+        warm = step >= round(self.warmup * self.steps) or all(term.schedule is not None for term in self.terms)
+        if self.controller is not None and warm:
             self.controller.observe(float(l0))
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,13 +26,11 @@ from unweave.sae import SAE
 from unweave.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from unweave.training.config import TrainConfig, from_dict, to_dict
 from unweave.training.finish import finished_sae, save_finished
-from unweave.training.plan import Plan, plan_run
+from unweave.training.plan import CALIBRATION_TOKENS, Plan, plan_run
 from unweave.training.progress import say
 from unweave.training.sites import Site, sites_of, where
 from unweave.training.trainees import trainees_at
 from unweave.training.trainer import Run, fit
-
-CALIBRATION_TOKENS = 32_768
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ arguments of the step they act on, and everything that a later step depends on i
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
@@ -118,6 +119,7 @@ class Trainee:
             folds = sae.activation.scales and config.temporal is None
             if folds and (config.decoder_is_unit or not sae.activation.needs_unit_norm):
                 fold_decoder_norms(sae)
+            sae.activation = config.activation  # a pursuit's threshold is in units of training already
         d = sae.d_out
         self.sae = sae.to(sample.device)
         self.dead_after = config.dead_after or min(MAX_DEAD_AFTER, max(tokens // 10, 1))
@@ -244,7 +246,8 @@ class Trainee:
 
     def draws(self) -> torch.Generator:
         """The random numbers of a step: a function of seed and step alone, so that a resumed run draws alike."""
-        return torch.Generator().manual_seed((self.seed << 32) + self.step_count)
+        # Of a seed, torch's CPU generator takes 32 bits.
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {self.step_count}".encode()))
 
     def _state_of_encoder(self) -> tuple[int, int]:
         return self.sae.W_enc._version, self.sae.W_enc.data_ptr()
