@@ -17,8 +17,8 @@ _HOMES = {
     "unweave.sae": (
         "SAE", "SparseCodes", "Activation", "register_activation", "ReLU", "TanhReLU", "TopK", "AbsTopK", "GroupMax",
         "BatchTopK", "JumpReLU", "Gated", "MatchingPursuit", "OrthogonalMatchingPursuit", "TiedDictionary",
-        "ArchetypalDictionary", "Temporal", "TemporalSAE", "Transcoder", "Crosscoder", "Normalization",
-        "fold_normalization",
+        "ArchetypalDictionary", "Temporal", "TemporalSAE", "Transcoder", "Crosscoder", "CrossLayerTranscoder",
+        "Normalization", "fold_normalization",
     ),
     "unweave.objectives": (
         "Penalty", "register_penalty", "L1", "Lp", "PAnneal", "Tanh", "Frequency", "L0", "QuadraticL0", "TargetL0",
@@ -40,13 +40,14 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 # Type checkers, editors and `import *` read these two lists; a test holds them equal to the table above.
 __all__ = [
     "L0", "L1", "SAE", "AbsTopK", "Activation", "ArchetypalDictionary", "AuxK", "BatchTopK", "Contrastive",
-    "Crosscoder", "DataConfig", "EndToEnd", "Frequency", "Gated", "GhostGradients", "GroupMax", "JumpReLU",
-    "KSchedule", "L0Controller", "Lp", "MaskConfig", "MatchingPursuit", "Matryoshka", "MultiTopK", "Normalization",
-    "OrthogonalMatchingPursuit", "PAnneal", "Penalty", "PreActivation", "QuadraticL0", "RandomMatryoshka", "ReLU",
-    "Reanimation", "Report", "Resampling", "SAEConfig", "Schedule", "SparseCodes", "Tanh", "TanhReLU", "TargetL0",
-    "Temporal", "TemporalSAE", "TiedDictionary", "TopK", "TrainConfig", "Transcoder", "UnweaveError", "capture",
-    "dashboard", "evaluate", "finetune", "fold_normalization", "load_model", "recipes", "register_activation",
-    "register_penalty", "resolve_hooks", "splice", "train", "train_end_to_end", "train_on",
+    "CrossLayerTranscoder", "Crosscoder", "DataConfig", "EndToEnd", "Frequency", "Gated", "GhostGradients",
+    "GroupMax", "JumpReLU", "KSchedule", "L0Controller", "Lp", "MaskConfig", "MatchingPursuit", "Matryoshka",
+    "MultiTopK", "Normalization", "OrthogonalMatchingPursuit", "PAnneal", "Penalty", "PreActivation", "QuadraticL0",
+    "RandomMatryoshka", "ReLU", "Reanimation", "Report", "Resampling", "SAEConfig", "Schedule", "SparseCodes",
+    "Tanh", "TanhReLU", "TargetL0", "Temporal", "TemporalSAE", "TiedDictionary", "TopK", "TrainConfig",
+    "Transcoder", "UnweaveError", "capture", "dashboard", "evaluate", "finetune", "fold_normalization",
+    "load_model", "recipes", "register_activation", "register_penalty", "resolve_hooks", "splice", "train",
+    "train_end_to_end", "train_on",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
         ArchetypalDictionary,
         BatchTopK,
         Crosscoder,
+        CrossLayerTranscoder,
         Gated,
         GroupMax,
         JumpReLU,

@@ -1,4 +1,5 @@
-"""A transcoder is measured where it writes, from what passes where it reads; a crosscoder hook by hook."""
+"""A transcoder is measured where it writes, from what passes where it reads; a crosscoder hook by hook; a cross-layer
+transcoder at each output, from the inputs up to its layer."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from unweave._errors import UnweaveError
 from unweave.activations import TokenBatch
 from unweave.evaluation import evaluate
 from unweave.models import LoadedModel, capture, resolve_hooks, splice
-from unweave.sae import SAE, Crosscoder, ReLU, TopK, Transcoder
+from unweave.sae import SAE, Crosscoder, CrossLayerTranscoder, ReLU, TopK, Transcoder
 
 D, READS, WRITES = 16, "transformer.h.1.mlp.c_proj:in", "transformer.h.1.mlp"
 
@@ -79,6 +80,32 @@ def test_a_crosscoder_is_measured_at_each_of_its_hooks(gpt2: LoadedModel, rows: 
         assert (report.provenance["hook"], report.provenance["reads"]) == (hook, hooks)
         assert found["explained_variance"] == pytest.approx(1, abs=1e-5)
         assert found["kl_div_score"] == pytest.approx(1, abs=1e-4)
+
+
+@torch.no_grad()
+def test_a_cross_layer_transcoder_is_measured_at_each_of_its_outputs(gpt2: LoadedModel, rows: list[TokenBatch]) -> None:
+    reads = [f"transformer.h.{i}.mlp.c_proj:in" for i in (0, 1)]
+    writes = [f"transformer.h.{i}.mlp" for i in (0, 1)]
+    coder = CrossLayerTranscoder(dict.fromkeys(reads, 4 * D), dict.fromkeys(writes, D), 8 * D, ReLU())
+    signs = torch.cat([torch.eye(4 * D), -torch.eye(4 * D)])  # a latent for each sign of each dimension
+    coder.W_enc.copy_(torch.cat([signs, signs]).T)
+    for i, target in enumerate(writes):
+        linear = gpt2.module.transformer.h[i].mlp.c_proj
+        coder.decoder(i, target).copy_(signs @ linear.weight)
+        coder.split(coder.b_dec)[target].copy_(linear.bias)
+    coder.decoder(0, writes[1]).zero_()
+    with pytest.raises(UnweaveError, match=r"evaluate clt.at\(target\)"):
+        evaluate(coder, model=gpt2, data=rows)
+
+    def explained(target: str) -> float:
+        report = evaluate(coder.at(target), model=gpt2, data=rows)
+        assert (report.provenance["hook"], report.provenance["reads"]) == (target, reads[: writes.index(target) + 1])
+        return {name.partition("/")[2]: value for name, value in report.metrics.items()}["explained_variance"]
+
+    assert [explained(target) for target in writes] == pytest.approx([1, 1], abs=1e-5)
+    coder.decoder(0, writes[1]).fill_(0.05)  # what the first layer writes to the second counts at the second alone
+    assert explained(writes[0]) == pytest.approx(1, abs=1e-5)
+    assert explained(writes[1]) < 0.99
 
 
 def test_places_that_are_missing_or_too_many(gpt2: LoadedModel, rows: list[TokenBatch]) -> None:

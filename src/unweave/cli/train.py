@@ -30,10 +30,11 @@ class TrainArgs:
     """Where to take activations: module paths, globs (h.*.mlp) or aliases (resid_post.1)."""
     target: Annotated[tuple[str, ...] | None, shown("NAME ...", "none")] = None
     """What transcoders predict from the hooks, one for each; makes --coder transcoder the default."""
-    coder: Annotated[Literal["sae", "transcoder", "crosscoder"] | None, shown("{sae,transcoder,crosscoder}", "sae")] = (
-        None
-    )
-    """An autoencoder of each hook, a transcoder from each hook to its target, or a crosscoder of all hooks."""
+    coder: Annotated[
+        Literal["sae", "transcoder", "crosscoder", "clt"] | None, shown("{sae,transcoder,crosscoder,clt}", "sae")
+    ] = None
+    """An autoencoder of each hook, a transcoder from each hook to its target, a crosscoder of all hooks, or a
+    cross-layer transcoder (clt) from all hooks to all targets."""
     skip: bool = False
     """Give transcoders a linear map from their input to their target."""
     tokens: Annotated[int | None, shown("N", "2,000,000")] = None

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from unweave._errors import UnweaveError
 from unweave.activations import DataConfig, MaskConfig, TokenBatch, TokenRows
 from unweave.models import Hook, LoadedModel, resolve_hooks
-from unweave.sae import SAE, Crosscoder, Transcoder
+from unweave.sae import SAE, Crosscoder, CrossLayerTranscoder, Transcoder
 
 Config = TypeVar("Config", DataConfig, MaskConfig)
 
@@ -181,6 +181,8 @@ def places_of(sae: SAE, model: LoadedModel, hook: str | None, target: str | None
     metadata = sae.metadata
     if isinstance(sae, Crosscoder):
         raise UnweaveError("a crosscoder predicts at several hooks: evaluate crosscoder.at(hook), hook by hook.")
+    if isinstance(sae, CrossLayerTranscoder):
+        raise UnweaveError("a cross-layer transcoder predicts at several hooks: evaluate clt.at(target) for each.")
     if not isinstance(sae, Transcoder):
         if target is not None:
             raise UnweaveError(f"only a transcoder has a target, and this is an SAE: leave out target={target!r}.")

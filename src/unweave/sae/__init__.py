@@ -3,7 +3,8 @@
 from unweave.sae.activation import ACTIVATIONS, Activation, register_activation
 from unweave.sae.activation_fns import AbsTopK, BatchTopK, Gated, GroupMax, ReLU, TanhReLU, TopK
 from unweave.sae.archetypal import ArchetypalDictionary, TiedDictionary
-from unweave.sae.coders import Crosscoder, Transcoder, by_target
+from unweave.sae.clt import CrossLayerTranscoder, by_target
+from unweave.sae.coders import Crosscoder, Transcoder
 from unweave.sae.codes import Codes, DenseCodes, SparseCodes
 from unweave.sae.folds import fold_decoder_norms, fold_input_scale, fold_normalization
 from unweave.sae.jumprelu import JumpReLU
@@ -20,6 +21,7 @@ __all__ = [
     "ArchetypalDictionary",
     "BatchTopK",
     "Codes",
+    "CrossLayerTranscoder",
     "Crosscoder",
     "DenseCodes",
     "Gated",

@@ -1,4 +1,4 @@
-"""What files say about transcoders and crosscoders beyond what they say about SAEs.
+"""What files say about transcoders, crosscoders and cross-layer transcoders beyond what they say about SAEs.
 
 The architecture is that of the SAE with the coder's kind behind it: `skip_transcoder`, `jumprelu_transcoder`,
 `topk_crosscoder`. SAELens knows the transcoders of ReLU and JumpReLU; it refuses the other names, which are ours.
@@ -6,23 +6,30 @@ The architecture is that of the SAE with the coder's kind behind it: `skip_trans
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from unweave._errors import UnweaveError
 from unweave.sae.activation import Activation
+from unweave.sae.clt import CrossLayerPart, CrossLayerTranscoder, packed, unpacked
 from unweave.sae.coders import Crosscoder, Transcoder
 from unweave.sae.sae import SAE
 
-KINDS = ("skip_transcoder", "transcoder", "crosscoder")
-KEYS = ("d_out", "widths")
+KINDS = ("skip_transcoder", "transcoder", "crosscoder", "clt")
+KEYS = ("d_out", "widths", "reads", "writes")
 """Keys that a coder's config has beside an SAE's."""
 
 
 def kind_of(sae: SAE) -> str | None:
     """The kind of coder; None for an SAE."""
+    if isinstance(sae, CrossLayerPart):
+        raise UnweaveError("this is a part of a cross-layer transcoder and shares its weights: save the whole.")
+    if isinstance(sae, CrossLayerTranscoder):
+        return "clt"
     if isinstance(sae, Transcoder):
         return "transcoder" if sae.W_skip is None else "skip_transcoder"
     return "crosscoder" if isinstance(sae, Crosscoder) else None
@@ -32,6 +39,8 @@ def coder_config(sae: SAE) -> dict[str, Any]:
     """The further keys of a coder's config."""
     if isinstance(sae, Transcoder):
         return {"d_out": sae.d_out}
+    if isinstance(sae, CrossLayerTranscoder):
+        return {"reads": sae.reads, "writes": sae.writes}
     return {"widths": sae.widths} if isinstance(sae, Crosscoder) else {}
 
 
@@ -79,9 +88,15 @@ def build(
         raise UnweaveError(
             f"{str(path)!r} asks for normalize_activations={normalize!r}, which a {kind} does not apply."
         )
-    key = "widths" if kind == "crosscoder" else "d_out"
-    if key not in config:
-        raise UnweaveError(f"{str(path)!r} lacks the key {key!r}.")
+    for key in {"crosscoder": ("widths",), "clt": ("reads", "writes")}.get(kind, ("d_out",)):
+        if key not in config:
+            raise UnweaveError(f"{str(path)!r} lacks the key {key!r}.")
+    if kind == "clt":
+        reads, writes = config["reads"], config["writes"]
+        if sum(reads.values()) != d_in or d_sae % max(1, len(reads)):
+            raise UnweaveError(f"{str(path)!r} has d_in={d_in} and d_sae={d_sae}, which do not go with its reads.")
+        m = d_sae // max(1, len(reads))
+        return CrossLayerTranscoder(reads, writes, m, activation, metadata=metadata, generator=unused)
     if kind == "crosscoder":
         coder = Crosscoder(config["widths"], d_sae, activation, metadata=metadata, generator=unused)
         if coder.d_in != d_in:
@@ -89,3 +104,17 @@ def build(
         return coder
     skip = kind == "skip_transcoder"
     return Transcoder(d_in, config["d_out"], d_sae, activation, skip=skip, metadata=metadata, generator=unused)
+
+
+def to_file(sae: SAE, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as a file has them: of a cross-layer transcoder without the zeros of its decoder."""
+    return packed(sae, weights) if isinstance(sae, CrossLayerTranscoder) else weights
+
+
+def from_file(sae: SAE, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The inverse, for the SAE that `build` made.
+
+    Raises:
+        UnweaveError: If a decoder of a cross-layer transcoder is missing or has the wrong shape.
+    """
+    return unpacked(sae, tensors, repr(str(path))) if isinstance(sae, CrossLayerTranscoder) else dict(tensors)

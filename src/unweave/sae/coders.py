@@ -9,7 +9,7 @@ crosscoder is an SAE on its hooks' activations side by side, which is how it tak
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,21 @@ from unweave.sae.sae import SAE
 
 HOOK_OUT = "hf_hook_name_out"
 """Key of the metadata that says where a coder's output belongs in the model."""
+
+
+def side_by_side(
+    activations: Mapping[str, Float[Tensor, "... d_h"]], names: Iterable[str], kind: str
+) -> Float[Tensor, "... d"]:
+    """Some of the activations, in the order of their names.
+
+    Raises:
+        UnweaveError: If one is missing, naming the kind of coder that reads it.
+    """
+    names = list(names)
+    for name in names:
+        if name not in activations:
+            raise UnweaveError(f"this {kind} also reads {name!r}{nearest(name, list(activations))}")
+    return torch.cat([activations[name] for name in names], -1)
 
 
 class Transcoder(SAE):
@@ -125,10 +140,7 @@ class Crosscoder(SAE):
 
     def join(self, activations: Mapping[str, Float[Tensor, "... d_h"]]) -> Float[Tensor, "... d"]:
         """Activations by hook, side by side as this crosscoder takes them."""
-        for name in self.widths:
-            if name not in activations:
-                raise UnweaveError(f"this crosscoder also reads {name!r}{nearest(name, list(activations))}")
-        return torch.cat([activations[name] for name in self.widths], -1)
+        return side_by_side(activations, self.widths, "crosscoder")
 
     def split(self, x: Float[Tensor, "... d"]) -> dict[str, Float[Tensor, "... d_h"]]:
         """What lies side by side (activations, reconstructions, `W_dec`, `W_enc.T`, `b_dec`), by hook; views."""
@@ -163,8 +175,3 @@ class Crosscoder(SAE):
 
     def extra_repr(self) -> str:
         return f"widths={self.widths}, d_sae={self.d_sae}, activation={self.activation}"
-
-
-def by_target(coder: SAE) -> dict[str, SAE]:
-    """A coder as the parts that predict at one hook each, by the hook's name; "" where it predicts at one anyway."""
-    return {hook: coder.at(hook) for hook in coder.widths} if isinstance(coder, Crosscoder) else {"": coder}

@@ -25,7 +25,7 @@ from unweave._files import atomic_path, write_json, write_tensors
 from unweave.sae import temporal_files
 from unweave.sae.activation import ACTIVATIONS, Activation, describe
 from unweave.sae.activation_fns import AbsTopK, BatchTopK, Gated, TopK
-from unweave.sae.coder_files import KEYS, build, coder_config, name_of, split_name
+from unweave.sae.coder_files import KEYS, build, coder_config, from_file, name_of, split_name, to_file
 from unweave.sae.normalization import PER_TOKEN
 from unweave.sae.pursuit import MatchingPursuit, Pursuit
 from unweave.sae.sae import SAE
@@ -81,7 +81,8 @@ def _common_config(sae: SAE, architecture: str) -> dict[str, Any]:
 
 
 def _weights(sae: SAE) -> dict[str, Tensor]:
-    weights = {name: tensor.cpu().contiguous() for name, tensor in sae.state_dict().items() if name != "threshold"}
+    stored = {name: tensor.cpu() for name, tensor in sae.state_dict().items() if name != "threshold"}
+    weights = {name: tensor.contiguous() for name, tensor in to_file(sae, stored).items()}
     if isinstance(sae.activation, Gated):
         weights["b_gate"] = weights.pop("b_enc")
     if sae.tied and not isinstance(sae.activation, Pursuit):
@@ -263,7 +264,7 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
         tensors["threshold"] = _common(tensors["threshold"], path)
     if config.get("normalize_activations") in PER_TOKEN:
         sae.per_token = config["normalize_activations"]
-    expected = sae.state_dict()
+    expected, tensors = sae.state_dict(), from_file(sae, tensors, path)
     if isinstance(sae.activation, Gated):
         expected["b_gate"] = expected.pop("b_enc")
     for name, tensor in expected.items():
@@ -274,8 +275,7 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
             raise UnweaveError(f"{name} in {str(path)!r} has the shape {shapes}.")
         if not tensors[name].isfinite().all() and name != "threshold":
             raise UnweaveError(f"{name} in {str(path)!r} holds values that are not finite.")
-    extra = sorted(tensors.keys() - expected.keys())
-    if extra:
+    if extra := sorted(tensors.keys() - expected.keys()):
         raise UnweaveError(f"{str(path)!r} holds the tensor {extra[0]!r}, which a {named} SAE has not.")
 
     stored = _DTYPES[str(tensors["W_dec"].dtype).removeprefix("torch.")]

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unweave._errors import UnweaveError
+from unweave.sae.clt import CrossLayerTranscoder
 from unweave.sae.coders import Transcoder
 from unweave.sae.normalization import Normalization
 from unweave.sae.sae import SAE
@@ -24,7 +25,7 @@ def fold_input_scale(
     Args:
         sae: The SAE, or another coder.
         scale: One factor, or one for each dimension (those of a crosscoder's hooks).
-        target_scale: Of a transcoder, the factor of what it was trained to predict; None: `scale`.
+        target_scale: Of a transcoder, the factor (or factors) of what it was trained to predict; None: `scale`.
 
     Raises:
         UnweaveError: If a tied SAE's codes do not scale with its inputs (TanhReLU).
@@ -36,7 +37,7 @@ def fold_input_scale(
     if isinstance(scale, Tensor):
         scale = scale.to(sae.device)
     out = scale if target_scale is None else target_scale
-    sae.W_enc.mul_(scale[:, None] if isinstance(scale, Tensor) else scale)
+    sae.scale_encoder(scale)
     sae.W_dec.div_(out)
     sae.b_dec.div_(out)
     if isinstance(sae, Transcoder) and sae.W_skip is not None:
@@ -76,7 +77,7 @@ def fold_normalization(sae: SAE, normalization: Normalization) -> None:
             "stays with the SAE, as sae.per_token."
         )
     _refuse_temporal(sae)
-    if isinstance(sae, Transcoder):
+    if isinstance(sae, Transcoder | CrossLayerTranscoder):
         raise UnweaveError(f"{normalization.kind} is folded into autoencoders, whose output is in units of the input.")
     if sae.tied:
         if normalization.matrix is not None or not sae.apply_b_dec_to_input:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from unweave import kernels
@@ -157,9 +157,8 @@ class SAE(nn.Module):
         with torch.no_grad():
             centred = x - self._bias_of_input()
             spec = self.activation.inference(self.threshold)
-            selection = kernels.encode_select(centred, self.W_enc, self.b_enc, spec)
-        pre = ops.encode_at(x, self._bias_of_input(), self.W_enc, self.b_enc, self._codes(selection))
-        codes = self.activation.infer(pre, self)
+            selection = self.selected(centred, spec)
+        codes = self.activation.infer(self.encoded_at(x, self._codes(selection)), self)
         assert isinstance(codes, SparseCodes)
         return codes
 
@@ -233,11 +232,11 @@ class SAE(nn.Module):
                 pre, extra, aux = self._select_wider(activation, centred, latents, k_aux, k_multi)
             else:
                 pre, aux = self._select(activation.selection(self.threshold, len(x)), centred, latents, k_aux)
-        pre = ops.encode_at(x, bias, self.W_enc, self.b_enc, pre)
+        pre = self.encoded_at(x, pre)
         if aux is not None:
-            aux = ops.encode_at(x, bias, self.W_enc, self.b_enc, aux)
+            aux = self.encoded_at(x, aux)
         if extra is not None:
-            extra = ops.encode_at(x, bias, self.W_enc, self.b_enc, extra)
+            extra = self.encoded_at(x, extra)
         return TrainingCodes(pre, activation.codes(pre, self), aux, extra)
 
     def _select_wider(
@@ -257,16 +256,45 @@ class SAE(nn.Module):
         pre: Codes
         try:
             most = DENSE_ABOVE if isinstance(spec, kernels.Above) else 1.0
-            pre = self._codes(kernels.encode_select(centred, self.W_enc, self.b_enc, spec, max_density=most))
+            pre = self._codes(self.selected(centred, spec, most))
         except kernels.TooDense:
-            pre = DenseCodes(torch.addmm(self.b_enc, centred, self.W_enc))
+            pre = DenseCodes(self.pre_activations(centred))
         if latents is None or len(latents) == 0:
             return pre, None
+        return pre, self._codes(self.strongest(centred, latents, k_aux))
+
+    # A coder with several encoders overrides the following, and nothing else of the encoder.
+
+    def selected(self, centred: Float[Tensor, "n d_in"], spec: kernels.Spec, max_density: float = 1.0) -> Selection:
+        """What a selection keeps of the pre-activations; see `unweave.kernels.encode_select`."""
+        return kernels.encode_select(centred, self.W_enc, self.b_enc, spec, max_density=max_density)
+
+    def strongest(self, centred: Float[Tensor, "n d_in"], latents: Int64[Tensor, " c"], k: int) -> Selection:
+        """The `k` strongest of some latents for each token."""
         # The dead are few: their columns by themselves cost less than looking for them among all the others.
-        W_dead = self.W_enc.T[latents].T
-        strongest = kernels.Largest(min(k_aux, len(latents)), magnitude=self.activation.signed)
-        aux = kernels.encode_select(centred, W_dead, self.b_enc[latents], strongest)
-        return pre, self._codes(aux._replace(indices=latents[aux.indices]))
+        spec = kernels.Largest(min(k, len(latents)), magnitude=self.activation.signed)
+        found = kernels.encode_select(centred, self.W_enc.T[latents].T, self.b_enc[latents], spec)
+        return found._replace(indices=latents[found.indices])
+
+    def pre_activations(self, centred: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
+        """All pre-activations, as a dense tensor; a pre-encoder bias is subtracted already."""
+        return torch.addmm(self.b_enc, centred, self.W_enc)
+
+    def encoded_at(self, x: Float[Tensor, "n d_in"], pre: ops.AnyCodes) -> ops.AnyCodes:
+        """Pre-activations that are known at some entries, with gradients."""
+        return ops.encode_at(x, self._bias_of_input(), self.W_enc, self.b_enc, pre)
+
+    def by_input(self, x: Float[Tensor, "n d_in"], latents: Int64[Tensor, " c"]) -> list[tuple[Tensor, Tensor]]:
+        """Inputs, and those of the latents that read them."""
+        return [(x, latents)]
+
+    def mask_gradients(self) -> None:
+        """Take gradients out of weights that stay 0, after a backward pass; there are none."""
+
+    @torch.no_grad()
+    def scale_encoder(self, scale: float | Float[Tensor, " d_in"]) -> None:
+        """Multiply the encoder's rows, each by the factor of its input."""
+        self.W_enc.mul_(scale[:, None] if isinstance(scale, Tensor) else scale)
 
     def save(self, folder: str | Path) -> Path:
         """Write the inference form in SAELens' layout; see `unweave.sae.files.save`."""

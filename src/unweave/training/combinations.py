@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from unweave._errors import UnweaveError
 from unweave.objectives import AuxK, Penalty, RandomMatryoshka, TargetL0
+from unweave.training.sites import PREDICTS
 
 if TYPE_CHECKING:
     from unweave.training.config import SAEConfig
@@ -39,7 +40,7 @@ def check_objectives(config: SAEConfig) -> None:
             raise UnweaveError(
                 "ghost gradients and AuxK both reconstruct the residual with dead latents: give one of them."
             )
-    if config.W_dec_init == "data" and config.coder == "transcoder":
+    if config.W_dec_init == "data" and config.coder in PREDICTS:
         raise UnweaveError(f"W_dec_init='data' takes directions of the inputs, and a {config.coder} writes elsewhere.")
     _check_schedules(config)
 

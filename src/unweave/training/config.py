@@ -27,7 +27,7 @@ from unweave.training.combinations import check_objectives
 from unweave.training.controller import L0Controller
 from unweave.training.dictionary import check_dictionary, check_order, is_tied
 from unweave.training.resampling import Resampling
-from unweave.training.sites import check_coder, check_sites
+from unweave.training.sites import PREDICTS, check_coder, check_sites
 from unweave.training.values import from_dict, to_dict
 
 __all__ = ["SAEConfig", "TrainConfig", "from_dict", "to_dict"]
@@ -75,8 +75,9 @@ class SAEConfig:
         precision: Of the dense products: "bf16", "fp32", or "auto" for bf16 where the hardware is faster at it. With
             sparse execution the codes and gradients are fp32's either way; see the page on speed.
         moments: dtype of Adam's moments of the weights. "bf16" (rounded stochastically) halves their memory.
-        coder: "sae", or one that reads or predicts something else: "transcoder" (from each hook to its target) or
-            "crosscoder" (one code for all hooks).
+        coder: "sae", or one that reads or predicts something else: "transcoder" (from each hook to its target),
+            "crosscoder" (one code for all hooks), or "clt" (a code for each hook, which predicts its target and all
+            later ones; `d_sae` and the activation function's k are a layer's).
         skip: Whether a transcoder also has a linear map from its input to its target.
         temporal: Attention that predicts a part of each token from those before it; the rest is encoded. Batches are
             then whole sequences in order (see `train_on`).
@@ -111,7 +112,7 @@ class SAEConfig:
     dead_after: int | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     moments: Literal["fp32", "bf16"] = "fp32"
-    coder: Literal["sae", "transcoder", "crosscoder"] = "sae"
+    coder: Literal["sae", "transcoder", "crosscoder", "clt"] = "sae"
     skip: bool = False
     dictionary: ArchetypalDictionary | TiedDictionary | None = None
     temporal: Temporal | None = None
@@ -160,7 +161,7 @@ class SAEConfig:
     def decoder_is_unit(self) -> bool:
         if self.unit_norm is not None:
             return self.unit_norm
-        if self.coder == "transcoder" or self.temporal or isinstance(self.dictionary, ArchetypalDictionary):
+        if self.coder in PREDICTS or self.temporal or isinstance(self.dictionary, ArchetypalDictionary):
             return False
         return is_tied(self) or not self.activation.free_norms
 
@@ -182,8 +183,8 @@ class TrainConfig:
         model: "demo" (the model that ships with unweave), a Hugging Face name, or a local folder.
         data: "stdlib" (text that every Python carries), a file or folder of text, or a Hugging Face dataset.
         hooks: Where the activations are taken, by module path, glob or alias. Every SAE is trained at each of them.
-        targets: What transcoders predict, named alike: the first target belongs to the first hook, in the order of the
-            model's modules.
+        targets: What transcoders and cross-layer transcoders predict, named alike: the first target belongs to the
+            first hook, in the order of the model's modules.
         saes: The SAEs to train; all see the same batches.
         tokens: Tokens to train on, after masking.
         batch_size: Tokens in an optimiser step.

@@ -14,6 +14,7 @@ from unweave.objectives import Contrastive
 from unweave.sae import SAE
 from unweave.sae.archetypal import ArchetypalAtoms, ArchetypalDictionary, TiedDictionary
 from unweave.sae.pursuit import Pursuit
+from unweave.training.sites import PREDICTS
 
 if TYPE_CHECKING:
     from unweave.training.config import SAEConfig
@@ -33,7 +34,7 @@ def check_dictionary(config: SAEConfig) -> None:
     activation, name = config.activation, type(config.activation).__name__
     if config.temporal is not None:
         _check_temporal(config)
-    elif config.unit_norm is False and activation.needs_unit_norm and config.coder != "transcoder":
+    elif config.unit_norm is False and activation.needs_unit_norm and config.coder not in PREDICTS:
         why = "ranks latents against each other" if activation.ranked else "shares one threshold"
         raise UnweaveError(f"{name} {why}, so its decoder rows need unit_norm.")
     if is_tied(config):

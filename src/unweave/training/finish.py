@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unweave import kernels
 from unweave._errors import UnweaveError
 from unweave.objectives import L0, L1, Lp, QuadraticL0, Tanh, TargetL0
 from unweave.sae import (
@@ -49,7 +48,7 @@ def calibrate_threshold(sae: SAE, batches: Iterable[Float[Tensor, "n d_in"]]) ->
     centred = rows - sae.b_dec if sae.apply_b_dec_to_input else rows
     # Training's estimate saves most of the candidates.
     spec = sae.activation.selection(sae.threshold, len(rows))
-    chosen = kernels.encode_select(centred, sae.W_enc, sae.b_enc, spec)
+    chosen = sae.selected(centred, spec)
     lowest = chosen.values.amin() if len(chosen.values) else chosen.values.new_zeros(())
     sae.threshold.copy_(torch.nextafter(lowest, lowest.new_tensor(0.0)))  # inference compares strictly
     return len(rows)

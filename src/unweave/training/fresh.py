@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unweave._errors import UnweaveError
-from unweave.sae import SAE, Crosscoder, TemporalSAE, Transcoder
+from unweave.sae import SAE, Crosscoder, CrossLayerTranscoder, TemporalSAE, Transcoder
 from unweave.sae.init import data_directions, middle
 from unweave.training.config import SAEConfig
 from unweave.training.dictionary import is_tied
@@ -46,26 +46,34 @@ def fresh_coder(
     scale: Scale,
     target_scale: Scale | None,
     generator: torch.Generator,
+    target_widths: Mapping[str, int] | None = None,
 ) -> SAE:
     """A coder of the configured kind with its initial weights, on the CPU.
 
-    Where there is no pre-encoder bias, `b_enc` centres the inputs instead. A transcoder's decoder starts at 0, so that
-    it first predicts the mean (Paulo et al., arXiv 2501.18823), unless its rows are to have unit norm.
+    Where there is no pre-encoder bias, `b_enc` centres the inputs instead. The decoders of transcoders start at 0, so
+    that they first predict the mean (Paulo et al., arXiv 2501.18823), unless their rows are to have unit norm.
 
     Args:
         config: What is trained.
         sample: Raw inputs.
         target: Raw targets, for a transcoder.
-        widths: Widths of a crosscoder's hooks.
+        widths: Widths of the hooks of a crosscoder or a cross-layer transcoder.
         scale: What training multiplies inputs by.
         target_scale: What it multiplies targets by.
         generator: Source of the random weights.
+        target_widths: Widths of a cross-layer transcoder's targets.
     """
     d_in, d_sae, activation = sample.shape[1], config.d_sae, config.activation
     small = not config.decoder_is_unit
     if config.coder == "transcoder":
         assert target is not None
         sae: SAE = Transcoder(d_in, target.shape[1], d_sae, activation, skip=config.skip, generator=generator)
+        if small:
+            sae.W_dec.data.zero_()
+    elif config.coder == "clt":
+        assert widths is not None
+        assert target_widths is not None
+        sae = CrossLayerTranscoder(widths, target_widths, d_sae, activation, generator=generator)
         if small:
             sae.W_dec.data.zero_()
     elif config.coder == "crosscoder":
@@ -90,7 +98,7 @@ def fresh_coder(
     if config.b_dec_init != "zeros":
         mean = middle(sample, config.b_dec_init) * scale
         if not sae.apply_b_dec_to_input:
-            sae.b_enc.data.copy_(-(mean.cpu() @ sae.W_enc.detach()))
+            sae.b_enc.data.copy_(-sae.pre_activations(mean.cpu()[None]).detach()[0])  # b_enc is 0 here
         if target is not None and target_scale is not None:
             mean = middle(target, config.b_dec_init) * target_scale
         sae.b_dec.data.copy_(mean)

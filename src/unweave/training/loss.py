@@ -79,10 +79,13 @@ def training_loss(
         latents = dead.nonzero().flatten()
         pre_act = config.pre_act and scheduled(config.pre_act, step, steps)
         ghost = config.ghost and scheduled(config.ghost, step, steps)
-        loss = loss + dead_latents_loss(sae, latents, x, y - x_hat, pre_act, ghost)
+        for read, own in sae.by_input(x, latents):
+            loss = loss + dead_latents_loss(sae, own, read, y - x_hat, pre_act, ghost)
     if config.reanimation:
         coefficient = config.reanimation.coefficient_for(sae.d_out)
         coefficient *= factor_of(config.reanimation.schedule, step, steps)
         latents = (codes.firing_counts() == 0).nonzero().flatten()
-        loss = loss + coefficient * reanimation_loss(sae, latents, x)
+        for read, own in sae.by_input(x, latents):
+            share = len(own) / max(1, len(latents))  # the loss is a mean over latents
+            loss = loss + coefficient * share * reanimation_loss(sae, own, read)
     return loss, x_hat, codes

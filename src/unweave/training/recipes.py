@@ -227,3 +227,21 @@ def crosscoder(d_sae: int = 16_384, *, l1: float = 2.0) -> SAEConfig:
         d_sae=d_sae, activation=ReLU(), coder="crosscoder", sparsity=L1(l1), auxk=_NO_AUXK, lr=5e-5, warmup=0.0,
         decay=0.2, sparsity_warmup=0.05, b_dec_init="zeros",
     )  # fmt: skip
+
+
+@register_recipe
+def clt(d_sae: int = 24_576, *, k: float = 200 / 12) -> SAEConfig:
+    """BatchTopK cross-layer transcoder from all hooks to all targets.
+
+    As in the crosslayer-coding library: 32 times as many latents for each layer as dimensions, learning rate 1e-4,
+    beta2 0.98, a fall to 0 over the last 20 %, AuxK at 1/32. Its k of 200 is read as that of a token over the 12 layers
+    of GPT-2 small; ours is a layer's, and BatchTopK shares it out among the layers. Their errors are divided by the
+    targets' variances, which a factor of their own for each target comes to.
+
+    Args:
+        d_sae: Number of latents of each layer.
+        k: Active latents of a token in each layer, on average.
+    """
+    return SAEConfig(
+        d_sae=d_sae, activation=BatchTopK(k), coder="clt", lr=1e-4, betas=(0.9, 0.98), warmup=0.0, decay=0.2,
+    )  # fmt: skip

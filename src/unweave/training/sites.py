@@ -1,7 +1,7 @@
 """Where a coder reads and what it predicts: which hooks of a batch become its inputs and its targets.
 
-An autoencoder has one hook, a transcoder a hook and a target, and a crosscoder all hooks of the run at once. Rows of
-all hooks come from the same tokens in the same order.
+An autoencoder has one hook, a transcoder a hook and a target, a crosscoder all hooks of the run at once, and a
+cross-layer transcoder all hooks and all targets. Rows of all hooks come from the same tokens in the same order.
 """
 
 from __future__ import annotations
@@ -76,39 +76,45 @@ def sites_of(config: SAEConfig, hooks: Sequence[str], targets: Sequence[str]) ->
 
     Args:
         config: What is trained.
-        hooks: The run's hooks, resolved.
+        hooks: The run's hooks, resolved; of a cross-layer transcoder, from the first layer to the last.
         targets: The run's targets, resolved; the n-th belongs to the n-th hook.
 
     Raises:
         UnweaveError: If there is not one target for each hook of a coder that needs them, or fewer hooks than a
-            crosscoder needs.
+            coder of several needs.
     """
     match config.coder:
-        case "transcoder" if len(hooks) != len(targets):
+        case "transcoder" | "clt" if len(hooks) != len(targets):
             raise UnweaveError(
                 f"each hook needs a target of its own: the hooks are {', '.join(hooks)}, and the targets "
                 f"{', '.join(targets)}."
             )
-        case "crosscoder" if len(hooks) < 2:
-            raise UnweaveError(f"a crosscoder needs two or more hooks, and there is only {hooks[0]!r}.")
+        case "crosscoder" | "clt" if len(hooks) < 2:
+            raise UnweaveError(f"a {config.coder} needs two or more hooks, and there is only {hooks[0]!r}.")
         case "sae":
             return [Site((hook,)) for hook in hooks]
         case "transcoder":
             return [Site((hook,), (target,)) for hook, target in zip(hooks, targets, strict=True)]
+        case "clt":
+            return [Site(tuple(hooks), tuple(targets))]
         case _:
             return [Site(tuple(hooks))]
 
 
+PREDICTS = ("transcoder", "clt")
+"""Coders whose targets are not what they read."""
+
+
 def check_sites(saes: Sequence[SAEConfig], targets: Sequence[str]) -> None:
     """Refuse coders without targets and targets without coders, before anything is loaded."""
-    wanted = any(sae.coder == "transcoder" for sae in saes)
+    wanted = [sae.coder for sae in saes if sae.coder in PREDICTS]
     if wanted and not targets:
         raise UnweaveError(
-            "a transcoder needs the hook whose activations it predicts: give targets, one for each of the hooks."
+            f"a {wanted[0]} needs the hook whose activations it predicts: give targets, one for each of the hooks."
         )
     if targets and not wanted:
         raise UnweaveError(
-            f"the target {targets[0]!r} is predicted by nothing: give the coder 'transcoder', or no targets."
+            f"the target {targets[0]!r} is predicted by nothing: give the coder 'transcoder' or 'clt', or no targets."
         )
 
 
@@ -125,6 +131,14 @@ def check_coder(config: SAEConfig) -> None:
         )
     if config.dictionary is not None or config.activation.tied:
         raise UnweaveError(f"a {kind} has an encoder of its own: only an SAE can be tied or have a dictionary.")
+    if kind == "clt":
+        for name, why in (
+            ("matryoshka", "prefixes of the dictionary would be its first layers"),
+            ("multi_topk", "its second k would be chosen among all layers, and the first one is a layer's"),
+            ("ghost", "ghosts of all layers would share one exponential"),
+        ):
+            if getattr(config, name) is not None:
+                raise UnweaveError(f"a clt has no {name}: {why}.")
     if config.resampling is not None:
         raise UnweaveError(f"resampling writes input directions into the decoder, and a {kind} writes elsewhere.")
 

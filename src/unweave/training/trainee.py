@@ -64,7 +64,8 @@ class Trainee:
         config: What to train.
         sample: Activations `(n, d_in)` that give the input scale and the initial decoder bias.
         target: What a transcoder is to predict from the sample, `(n, d_out)`; None: the sample itself.
-        widths: Widths of the hooks that lie side by side in a crosscoder's sample, by name.
+        widths: Widths of the hooks that lie side by side in the sample, by name; None: there is one hook.
+        target_widths: The same of the target.
         steps: Steps of the whole run, for the schedules.
         tokens: Tokens of the whole run.
         seed: Gives the initial decoder.
@@ -85,6 +86,7 @@ class Trainee:
         start: SAE | None = None,
         target: Float[Tensor, "n d_out"] | None = None,
         widths: Mapping[str, int] | None = None,
+        target_widths: Mapping[str, int] | None = None,
     ) -> None:
         self.config, self.steps, self.step_count, self.seed = config, steps, 0, seed
         if config.temporal is not None and tokens % config.temporal.context:
@@ -95,11 +97,11 @@ class Trainee:
         self.normalization = None if config.normalize == "scalar" else Normalization.fit(config.normalize, sample)
         if self.normalization is not None:
             self.scale = self.normalization.scale
-        self.target_scale = None if target is None else scale_of(target)
+        self.target_scale = None if target is None else scale_of(target, target_widths)
         """What targets are multiplied by; None: they are the inputs."""
         generator = torch.Generator().manual_seed(seed)
         shown, scale = (sample, self.scale) if self.normalization is None else (self.normalization(sample), 1.0)
-        sae = fresh_coder(config, shown, target, widths, scale, self.target_scale, generator)
+        sae = fresh_coder(config, shown, target, widths, scale, self.target_scale, generator, target_widths)
         self.atoms = None
         if isinstance(config.dictionary, ArchetypalDictionary):
             self.atoms = archetypal_atoms(config.dictionary, sae, shown * scale, generator)
@@ -123,7 +125,7 @@ class Trainee:
         d = sae.d_out
         self.sae = sae.to(sample.device)
         self.dead_after = config.dead_after or min(MAX_DEAD_AFTER, max(tokens // 10, 1))
-        self.tokens_since_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=sample.device)
+        self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sample.device)
         self.k_aux = config.auxk.k_for(d) if config.auxk.coefficient > 0 else 0
         fixed = config.matryoshka if isinstance(config.matryoshka, Matryoshka) else None
         self.widths = () if fixed is None else fixed.widths_for(config.d_sae)
@@ -168,6 +170,7 @@ class Trainee:
         sae, parameters = self.sae, self.optimizer.parameters
         loss, x_hat, codes = self.loss(x, sparsity_scale) if target is None else self.loss(x, sparsity_scale, target)
         loss.backward()
+        sae.mask_gradients()
         with torch.no_grad():
             if self.config.decoder_is_unit:
                 _remove_parallel_part(sae.W_dec)
@@ -290,6 +293,8 @@ class Trainee:
         self.scale, self.target_scale = state["scale"], state["target_scale"]
         if isinstance(self.scale, Tensor):
             self.scale = self.scale.to(self.sae.device)
+        if isinstance(self.target_scale, Tensor):
+            self.target_scale = self.target_scale.to(self.sae.device)
         if self.normalization is not None:
             self.normalization = Normalization(**state["normalization"]).to(self.sae.device)
         self.step_count = state["step_count"]

@@ -45,5 +45,7 @@ def new_trainee(
 ) -> Trainee:
     """One coder at one site."""
     x, target = site.rows(sample)
-    widths = site.widths(sample)[0] if len(site.inputs) > 1 else None
-    return Trainee(config, x, steps=steps, tokens=tokens, seed=seed, target=target, widths=widths)
+    widths, targets = (parts if len(parts) > 1 else None for parts in site.widths(sample))
+    return Trainee(
+        config, x, steps=steps, tokens=tokens, seed=seed, target=target, widths=widths, target_widths=targets
+    )
