@@ -100,3 +100,13 @@ def test_every_hook_of_a_crosscoder_says_its_scale():
 def test_a_whole_k_may_be_written_as_a_float():
     sae = finished_sae(trainee(SAEConfig(d_sae=32, activation=TopK(4.0))), [X], {})
     assert sae.encode_sparse(X).l0().max() <= 4
+
+
+def test_every_layer_of_a_cross_layer_transcoder_says_its_scales():
+    config = SAEConfig(d_sae=32, activation=TopK(2), coder="clt")
+    batch = {"x0": X, "x1": 2 * X, "y0": X[:, :7], "y1": 4 * X[:, :7]}
+    (sae,) = train_on([batch], [config], hooks=["x0", "x1"], targets=["y0", "y1"], progress=False)
+    x0, x1 = sae.metadata["input_scale"]
+    y0, y1 = sae.metadata["target_scale"]
+    assert x0 == pytest.approx(2 * x1)
+    assert y0 == pytest.approx(4 * y1)

@@ -303,3 +303,15 @@ def test_what_makes_no_sense_is_refused(settings, message):
 def test_misspelt_settings(values, message):
     with pytest.raises(UnweaveError, match=message):
         from_dict(SAEConfig, values)
+
+
+def test_a_target_on_the_line_controls_the_coefficient_or_is_the_penalty():
+    from unweave.cli.train import TrainArgs
+
+    for name in ("relu", "tanhrelu", "gated"):
+        (sae,) = TrainArgs(activation=name, target_l0=9.0).to_config().saes
+        assert sae.l0_controller == L0Controller(9.0)
+    (sae,) = TrainArgs(activation="jumprelu", target_l0=9.0).to_config().saes
+    assert sae.sparsity == TargetL0(9.0)
+    with pytest.raises(UnweaveError, match="--target-l0 goes with"):
+        TrainArgs(activation="topk", target_l0=9.0).to_config()

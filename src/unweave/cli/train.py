@@ -51,8 +51,8 @@ class TrainArgs:
     """Active latents per token, for topk, batchtopk (there it need not be whole), abstopk and groupmax."""
     l1: Annotated[float | None, shown("X", "0.1 * sqrt(d_in)")] = None
     """L1 coefficient, for relu, tanhrelu and gated."""
-    target_l0: Annotated[float | None, shown("X", "32")] = None
-    """Mean number of active latents to reach, for jumprelu."""
+    target_l0: Annotated[float | None, shown("X", "32 for jumprelu")] = None
+    """Mean number of active latents to reach, for jumprelu, relu, tanhrelu and gated."""
     matryoshka: Annotated[tuple[float, ...] | None, shown("WIDTH ...", "none")] = None
     """Prefixes of the dictionary that reconstruct by themselves: shares of d_sae, or numbers of latents."""
     multi_topk: Annotated[int | None, shown("K", "none")] = None
@@ -165,7 +165,7 @@ class TrainArgs:
         with_k = [name for name, cls in ACTIVATIONS.items() if "k" in {f.name for f in dataclasses.fields(cls)}]
         for value, flag, kinds in (
             (self.k, "--k", with_k), (self.l1, "--l1", ("relu", "tanhrelu", "gated")),
-            (self.target_l0, "--target-l0", ("jumprelu",)),
+            (self.target_l0, "--target-l0", ("jumprelu", "relu", "tanhrelu", "gated")),
         ):  # fmt: skip
             if value is not None and kind in ACTIVATIONS and kind not in kinds:
                 raise UnweaveError(f"{flag} goes with --activation {' or '.join(kinds)}, not with {kind}.")
@@ -173,8 +173,10 @@ class TrainArgs:
             settings["activation"] = settings.get("activation", {"type": kind}) | {"k": self.k}
         if self.l1 is not None:
             settings["sparsity"] = {"type": "l1", "coefficient": self.l1}
-        if self.target_l0 is not None:
+        if self.target_l0 is not None and kind == "jumprelu":
             settings["sparsity"] = {"type": "target_l0", "l0": self.target_l0}
+        elif self.target_l0 is not None:
+            settings["l0_controller"] = (settings.get("l0_controller") or {}) | {"target": self.target_l0}
         for name, key in (
             ("matryoshka", "prefixes"), ("multi_topk", "k"), ("pre_act", "coefficient"), ("ghost", "coefficient"),
         ):  # fmt: skip

@@ -26,14 +26,24 @@ from unweave.synthetic.correlation import (
     repair_correlation_matrix,
 )
 from unweave.synthetic.counters import DeadLatentsCalculator, L0Calculator, ShrinkageCalculator
-from unweave.synthetic.dictionary import FeatureDictionary, bounded_cosine_initializer, orthogonal_initializer
+from unweave.synthetic.dictionary import (
+    FeatureDictionary,
+    FeatureDictionaryInitializer,
+    bounded_cosine_initializer,
+    orthogonal_initializer,
+)
 from unweave.synthetic.directions import cosine_similarities, orthogonalize_embeddings
 from unweave.synthetic.files import (
     SYNTHETIC_MODEL_CONFIG_FILENAME,
     SYNTHETIC_MODEL_HIERARCHY_FILENAME,
     SYNTHETIC_MODEL_WEIGHTS_FILENAME,
 )
-from unweave.synthetic.generator import ActivationGenerator
+from unweave.synthetic.generator import (
+    ActivationGenerator,
+    ActivationsModifier,
+    ActivationsModifierInput,
+    CorrelationMatrixInput,
+)
 from unweave.synthetic.hierarchy import Hierarchy, HierarchyConfig, generate_hierarchy
 from unweave.synthetic.initialization import init_sae_to_match_feature_dict
 from unweave.synthetic.magnitudes import (
@@ -79,15 +89,16 @@ from unweave.synthetic.worlds import World, load_world, world_names
 
 __all__ = [
     "RUNNER_CONFIG_FILENAME", "SYNTHETIC_MODEL_CONFIG_FILENAME", "SYNTHETIC_MODEL_HIERARCHY_FILENAME",
-    "SYNTHETIC_MODEL_WEIGHTS_FILENAME", "ActivationGenerator", "ClassificationMetrics",
-    "ClassificationMetricsCalculator", "CoefficientCalculator", "ConstantFiringProbabilityConfig",
-    "ConstantMagnitudeConfig", "CorrelationMatrixStats", "DeadLatentsCalculator", "ExponentialMagnitudeConfig",
-    "FeatureDictionary", "FiringProbabilityConfig", "FoldedNormalMagnitudeConfig", "Hierarchy", "HierarchyCalculator",
-    "HierarchyConfig", "HierarchyModifier", "HierarchyNode", "HierarchyScores", "L0Calculator",
-    "LinearFiringProbabilityConfig", "LinearMagnitudeConfig", "LowRankCorrelationConfig", "LowRankCorrelationMatrix",
-    "MagnitudeConfig", "OrthogonalizationConfig", "RandomFiringProbabilityConfig", "ShrinkageCalculator",
-    "SuperpositionStats", "SyntheticActivationIterator", "SyntheticDataEvalResult", "SyntheticModel",
-    "SyntheticModelConfig", "SyntheticSAERunner", "SyntheticSAERunnerConfig", "SyntheticSAERunnerResult", "World",
+    "SYNTHETIC_MODEL_WEIGHTS_FILENAME", "ActivationGenerator", "ActivationsModifier", "ActivationsModifierInput",
+    "ClassificationMetrics", "ClassificationMetricsCalculator", "CoefficientCalculator",
+    "ConstantFiringProbabilityConfig", "ConstantMagnitudeConfig", "CorrelationMatrixInput", "CorrelationMatrixStats",
+    "DeadLatentsCalculator", "ExponentialMagnitudeConfig", "FeatureDictionary", "FeatureDictionaryInitializer",
+    "FiringProbabilityConfig", "FoldedNormalMagnitudeConfig", "Hierarchy", "HierarchyCalculator", "HierarchyConfig",
+    "HierarchyModifier", "HierarchyNode", "HierarchyScores", "L0Calculator", "LinearFiringProbabilityConfig",
+    "LinearMagnitudeConfig", "LowRankCorrelationConfig", "LowRankCorrelationMatrix", "MagnitudeConfig",
+    "OrthogonalizationConfig", "RandomFiringProbabilityConfig", "ShrinkageCalculator", "SuperpositionStats",
+    "SyntheticActivationIterator", "SyntheticDataEvalResult", "SyntheticModel", "SyntheticModelConfig",
+    "SyntheticSAERunner", "SyntheticSAERunnerConfig", "SyntheticSAERunnerResult", "World",
     "ZipfianFiringProbabilityConfig", "bounded_cosine_initializer", "compute_classification_metrics",
     "compute_correlation_matrix_stats", "compute_low_rank_correlation_matrix_stats", "compute_superposition_stats",
     "cosine_similarities", "create_correlation_matrix_from_correlations", "eval_sae_on_synthetic_data",

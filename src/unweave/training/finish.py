@@ -16,6 +16,7 @@ from unweave.objectives import L0, L1, Lp, QuadraticL0, Tanh, TargetL0
 from unweave.sae import (
     SAE,
     Crosscoder,
+    CrossLayerTranscoder,
     Gated,
     JumpReLU,
     ReLU,
@@ -84,21 +85,26 @@ def finished_sae(trainee: Trainee, calibration: list[Float[Tensor, "n d_in"]], m
     sae.metadata |= {
         "training": to_dict(trainee.config),
         "training_steps": trainee.step_count,
-        "input_scale": _plain(trainee.scale, sae),
+        "input_scale": _plain(trainee.scale, _widths(sae)[0]),
         "num_dead_features": int(trainee.dead.sum()),
         "sparsity_coefficients": [trainee.sparsity.coefficient(i) for i in range(len(trainee.sparsity.terms))],
     }
     if trainee.target_scale is not None:
-        sae.metadata["target_scale"] = _plain(trainee.target_scale, sae)
+        sae.metadata["target_scale"] = _plain(trainee.target_scale, _widths(sae)[1])
     return sae
 
 
-def _plain(scale: Scale, sae: SAE) -> float | list[float]:
-    """A scale as a JSON value: one number, or one for each hook of a crosscoder."""
-    if isinstance(scale, float):
-        return scale
-    assert isinstance(sae, Crosscoder)
-    return [float(part[0]) for part in scale.split(list(sae.widths.values()))]
+def _widths(sae: SAE) -> tuple[list[int], list[int]]:
+    """Widths of the hooks that lie side by side in the inputs and in the outputs."""
+    if isinstance(sae, CrossLayerTranscoder):
+        return list(sae.reads.values()), list(sae.writes.values())
+    widths = list(sae.widths.values()) if isinstance(sae, Crosscoder) else [sae.d_in]
+    return widths, widths
+
+
+def _plain(scale: Scale, widths: list[int]) -> float | list[float]:
+    """A scale as a JSON value: one number, or one for each hook."""
+    return scale if isinstance(scale, float) else [float(part[0]) for part in scale.split(widths)]
 
 
 def save_finished(sae: SAE, config: SAEConfig, folder: Path) -> Path:

@@ -1,0 +1,261 @@
+"""Every activation function with every objective that it goes with, on the model that ships and on a known world.
+
+    .venv/bin/python benchmarks/architectures.py --write                  # all rows, 37 minutes of two busy cores
+    .venv/bin/python benchmarks/architectures.py --tokens 30000           # the same, shorter
+    .venv/bin/python benchmarks/architectures.py --rows relu/ "topk/l1"   # rows whose name contains one of these
+
+Rows come from the registers, so a new activation function or penalty is in the table once it is registered. All SAEs
+see the same batches and have about the same L0: their k where they have one, else a target of the penalty or the L0
+controller's. Rows are printed as they come, and kept in `--keep FILE`, from which a run that was stopped goes on.
+`--write` puts the tables into `benchmarks/results/architectures.md`. The exit status is 1 if a row collapses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import measure
+from combinations import (
+    HOOK,
+    LR,
+    PENALISED_LR,
+    Case,
+    Problem,
+    activations,
+    all_cases,
+    config_of,
+    goes,
+    objectives,
+    plain_objective,
+    problems,
+    score,
+)
+from unweave import UnweaveError
+from unweave.sae import ACTIVATIONS
+from unweave.training import train_on
+
+ABSORBS = 0.05
+"""Absorption below which there is none that Matryoshka could lower."""
+Rows = dict[str, dict[str, Any]]
+"""What was measured of each row, by its name."""
+
+
+def work(cases: Sequence[Case], folder: str) -> list[tuple[str, dict[str, Any]]]:
+    """Train some rows of a problem on its batches, and score them."""
+    torch.set_num_threads(1)
+    p = cases[0].problem
+    batches = torch.load(Path(folder, f"{p.name}.pt"), mmap=True).split(p.batch)
+    rows = []
+    for case in cases:
+        started = time.perf_counter()
+        row: dict[str, Any]
+        try:
+            (sae,) = train_on(batches, [config_of(case)], tokens=p.tokens, progress=False)
+            row = score(p, sae)
+        except UnweaveError as error:  # it diverged, or has no latent left to calibrate
+            row = {"error": str(error)}
+        rows.append((case.name, row | {"seconds": time.perf_counter() - started}))
+    return rows
+
+
+def collapsed(row: dict[str, Any], best: float) -> bool:
+    """All dead, no L0, or explained variance below 0.5 where others reach 0.8; or training failed."""
+    if "error" in row or row["ev"] is None:
+        return True
+    return row["l0"] < 0.1 or row["dead"] > 0.99 or (best >= 0.8 and row["ev"] < 0.5)
+
+
+def chunks(cases: Sequence[Case]) -> list[list[Case]]:
+    """Rows that one worker does at a time, default objectives first; pursuits, which are slow, one by one."""
+    found: list[list[Case]] = []
+    for case in sorted(cases, key=lambda case: not case.plain):
+        last = found[-1] if found else []
+        slow = ACTIVATIONS[case.activation].tied or (last and ACTIVATIONS[last[0].activation].tied)
+        if slow or not 0 < len(last) < 4 or last[0].problem != case.problem:
+            found.append([case])
+        else:
+            last.append(case)
+    return found
+
+
+def run(cases: Sequence[Case], keep: Path | None, jobs: int) -> tuple[Rows, int]:
+    """All rows, by name, each printed as it comes; and how many of them an earlier run had left in `keep`."""
+    sizes = {case.name: list(case.problem) for case in cases}
+    done: Rows = {}
+    if keep is not None and keep.exists():
+        kept = [json.loads(line) for line in keep.read_text(encoding="utf-8").splitlines()]
+        done = {name: row for name, size, row in kept if sizes.get(name) == size}
+    left, earlier = [case for case in cases if case.name not in done], len(done)
+    fresh = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(jobs, fresh) as pool:
+        for p in {case.problem for case in left}:
+            torch.save(activations(p), Path(folder, f"{p.name}.pt"))
+        futures = [pool.submit(work, part, folder) for part in chunks(left)]
+        for future in as_completed(futures):
+            for name, row in future.result():
+                done[name] = row
+                shown = (f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+                print(f"{len(done)}/{len(cases)} {name}: {', '.join(shown)}", flush=True)
+                if keep is not None:
+                    with keep.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps([name, sizes[name], row]) + "\n")
+    return done, earlier
+
+
+def show(value: float | None, form: str = ".3f") -> str:
+    return "–" if value is None else f"{value:{form}}"
+
+
+def main_table(cases: Sequence[Case], rows: Rows) -> str:
+    """A line for each activation function and objective: the model beside the world."""
+    lines, names = [], dict.fromkeys((case.activation, case.objective) for case in cases)
+    for activation, objective in names:
+        on = [rows.get(f"{where}/{activation}/{objective}", {}) for where in ("model", "zipfian")]
+        if any(on):
+            m, w = ({k: row.get(k) for k in ("l0", "ev", "recovered", "dead", "mmcs", "f1")} for row in on)
+            plain = objective == plain_objective(activation)
+            lines.append([
+                f"**{activation}**" if plain else activation, objective,
+                show(m["l0"], ".1f"), show(m["ev"]), show(m["recovered"]), show(m["dead"], ".1%"),
+                show(w["l0"], ".1f"), show(w["ev"]), show(w["dead"], ".1%"), show(w["mmcs"]), show(w["f1"]),
+            ])  # fmt: skip
+    heading = ["activation", "objective", "L0", "explained variance", "loss recovered", "dead", "world: L0",
+               "explained variance", "dead", "max cosine", "F1"]  # fmt: skip
+    return measure.table(heading, lines)
+
+
+def order_table(rows: Rows) -> str:
+    """The activation functions with their default objectives, best first on the model."""
+    found = []
+    for name in ACTIVATIONS:
+        m, w = (rows.get(f"{where}/{name}/{plain_objective(name)}", {}) for where in ("model", "zipfian"))
+        if "ev" in m and "ev" in w:
+            found.append((m["ev"], [
+                name, plain_objective(name), show(m["l0"], ".1f"), show(m["ev"]), show(m["recovered"]),
+                show(w["l0"], ".1f"), show(w["ev"]), show(w["mmcs"]), show(w["f1"]),
+            ]))  # fmt: skip
+    heading = ["activation", "objective", "L0", "explained variance", "loss recovered", "world: L0",
+               "explained variance", "max cosine", "F1"]  # fmt: skip
+    return measure.table(heading, [line for _, line in sorted(found, reverse=True)])
+
+
+def order(rows: Rows) -> str:
+    """Whether the order known from the literature appears, on the model and on the world, with the L0 of each."""
+    lines = []
+    for below, above in (("relu", "topk"), ("relu", "batchtopk"), ("relu", "gated"), ("relu", "jumprelu"),
+                         ("gated", "topk"), ("jumprelu", "topk")):  # fmt: skip
+        found = []
+        for where in ("model", "zipfian"):
+            a, b = (rows.get(f"{where}/{name}/{plain_objective(name)}", {}) for name in (below, above))
+            if "ev" in a and "ev" in b:
+                sizes = f"{b['ev']:.3f} at L0 {b['l0']:.1f}, {a['ev']:.3f} at {a['l0']:.1f}"
+                found.append(f"{where} **{'yes' if b['ev'] > a['ev'] else 'no'}** ({sizes})")
+        if found:
+            lines.append(f"- {above} above {below}: {'; '.join(found)}")
+    absorbing = [pair for pair in nested(rows) if pair[1]["absorption"] > ABSORBS]
+    if absorbing:
+        kept = [name for name, without, with_it in absorbing if with_it["absorption"] >= without["absorption"]]
+        n = len(absorbing) - len(kept)
+        lines.append(
+            f"- of the activation functions with an absorption above {ABSORBS}, Matryoshka lowers it in **{n} of "
+            f"{len(absorbing)}**" + (f", not in {', '.join(kept)}" if kept else "")
+        )
+    return "\n".join(lines)
+
+
+def nested(rows: Rows) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """The activation functions with their rows on the hierarchical world, without Matryoshka and with it."""
+    found = []
+    for a in ACTIVATIONS:
+        without, with_it = (rows.get(f"hierarchical/{a}/{o}") for o in (plain_objective(a), "Matryoshka"))
+        if without and with_it and "ev" in without and "ev" in with_it:
+            found.append((a, without, with_it))
+    return found
+
+
+def splitting_table(rows: Rows) -> str:
+    """Absorption and splitting on the hierarchical world, without and with Matryoshka."""
+    columns = (("absorption", ".3f"), ("spread", ".2f"), ("f1", ".3f"), ("dead", ".0%"), ("ev", ".3f"), ("l0", ".1f"))
+    lines = [
+        [name, *(f"{show(without[key], form)} → {show(with_it[key], form)}" for key, form in columns)]
+        for name, without, with_it in nested(rows)
+    ]
+    return measure.table(["activation", "absorption", "firing spread", "F1", "dead", "explained variance", "L0"], lines)
+
+
+def refused(p: Problem) -> str:
+    """What is refused, with the reason for the first."""
+    lines = []
+    for objective in dict.fromkeys(o for activation in ACTIVATIONS for o in objectives(activation)):
+        reasons = {a: reason for a in ACTIVATIONS if (reason := goes(Case(a, objective, p)))}
+        if reasons:
+            lines.append([objective, ", ".join(reasons), next(iter(reasons.values()))])
+    return measure.table(["objective", "refused with", "the reason, for the first"], lines)
+
+
+def report(cases: Sequence[Case], rows: Rows, bad: Sequence[str], earlier: int) -> str:
+    """The page."""
+    sizes = "; ".join(
+        f"*{p.name}*: d_sae {p.d_sae:,}, L0 {p.l0}, {p.tokens:,} tokens in steps of {p.batch}, scored on "
+        f"{p.eval_tokens:,}"
+        for p in dict.fromkeys(case.problem for case in cases)
+    )
+    return "\n\n".join([
+        *measure.machine(),
+        f"`{HOOK}` of the model that ships, reading Python's documentation and sources; the worlds are those of "
+        f"`unweave synth`. {sizes}. Learning rate {LR:g} where latents are ranked, else {PENALISED_LR:g}; the same for "
+        "thresholds. One seed, and no SAE is trained to its end."
+        + (f" {earlier} of {len(rows)} rows are kept from interrupted runs before this one." if earlier else ""),
+        "### In order",
+        order_table(rows),
+        order(rows),
+        "### A hierarchy, without and with Matryoshka",
+        splitting_table(rows),
+        "### All rows",
+        main_table(cases, rows),
+        f"{len(bad)} of {len(rows)} rows collapsed" + (f": {', '.join(bad)}." if bad else "."),
+        "### Refused",
+        refused(problems(None)[0]),
+    ])  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, help="tokens to train on, everywhere")
+    parser.add_argument("--rows", nargs="*", default=[], help="rows whose name contains one of these; all if left out")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        help="file of finished rows, from which a stopped run goes on; rows of other sizes are trained again",
+    )
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/architectures.md")
+    args = parser.parse_args()
+    chosen = [c for c in all_cases(problems(args.tokens)) if not args.rows or any(part in c.name for part in args.rows)]
+    rows, earlier = run(chosen, args.keep, args.jobs)
+    best: dict[str, float] = {}
+    for c in chosen:
+        best[c.problem.name] = max(best.get(c.problem.name, 0.0), rows[c.name].get("ev") or 0.0)
+    bad = [c.name for c in chosen if collapsed(rows[c.name], best[c.problem.name])]
+    text = report(chosen, rows, bad, earlier)
+    print(text)
+    if args.write:
+        measure.write("architectures.md", text)
+    if bad:
+        sys.exit(f"collapsed: {', '.join(bad)}")
+
+
+if __name__ == "__main__":
+    main()
