@@ -154,6 +154,8 @@ def test_settings_go_to_the_saes_that_take_them(here):
 
     first, second = SynthArgs(world="small.toml", k=7, l1=0.5, lr=1e-4).to_world().saes
     assert (first.activation.k, first.lr, second.lr, second.sparsity.coefficient) == (7, 1e-4, 1e-4, 0.5)
+    first, second = SynthArgs(world="small.toml", target_l0=3.0).to_world().saes
+    assert (first.l0_controller, second.l0_controller.target) == (None, 3.0)
     assert SynthArgs(world="superposed_1m", d_sae=512, k=9).to_world().saes[0].activation.k == 9
 
 
@@ -165,7 +167,7 @@ def test_settings_go_to_the_saes_that_take_them(here):
         (["misspelt.toml"], "'num_feature'; did you mean 'num_features'"),
         (["small.toml", "--samples", "0"], "samples.*0"),
         (["small.toml", "--activation", "relu", "--k", "3"], "--k goes with"),
-        (["small.toml", "--target-l0", "3"], "--target-l0 goes with"),
+        (["small.toml", "--activation", "topk", "--target-l0", "3"], "--target-l0 goes with"),
         (["small.toml", "--no-train", "--k", "3"], "--no-train"),
         (["small.toml", "--k", "25"], "k=25.*24"),
     ],
