@@ -19,6 +19,7 @@ from unweave.synthetic.directions import (
     orthogonalize_embeddings,
     unit_rows,
 )
+from unweave.synthetic.forms import to_codes
 
 __all__ = [
     "FeatureDictionary",
@@ -178,6 +179,4 @@ def _as_codes(activations: Tensor | SparseCodes) -> SparseCodes:
             "sparse feature_activations must be a COO tensor of two dimensions, got "
             f"{activations.layout} of {activations.ndim}."
         )
-    activations = activations.coalesce()
-    rows, indices = activations.indices()
-    return SparseCodes.from_entries(rows, indices, activations.values(), *activations.shape)
+    return to_codes(activations)

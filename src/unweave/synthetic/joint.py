@@ -8,6 +8,7 @@ from torch import Tensor
 
 from unweave._errors import UnweaveError
 from unweave.sae import SparseCodes
+from unweave.synthetic.forms import to_codes
 
 
 def as_codes(activations: Tensor | SparseCodes) -> SparseCodes:
@@ -16,11 +17,7 @@ def as_codes(activations: Tensor | SparseCodes) -> SparseCodes:
         return activations.firing()
     if activations.ndim != 2:
         raise UnweaveError(f"activations must have the shape (n, width), got {tuple(activations.shape)}.")
-    if activations.is_sparse:
-        coo = activations.detach().coalesce()  # sorted by row, then by index
-        rows, indices = coo.indices()
-        return SparseCodes.from_entries(rows, indices, coo.values(), *coo.shape).firing()
-    return SparseCodes.from_dense(activations.detach())
+    return to_codes(activations.detach()).firing()
 
 
 def values_at(codes: SparseCodes, rows: Int64[Tensor, " n"], indices: Int64[Tensor, " n"]) -> Float[Tensor, " n"]:
