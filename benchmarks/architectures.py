@@ -1,6 +1,6 @@
 """Every activation function with every objective that it goes with, on the model that ships and on a known world.
 
-    .venv/bin/python benchmarks/architectures.py --write                  # all rows, 37 minutes of two busy cores
+    .venv/bin/python benchmarks/architectures.py --write                  # all rows
     .venv/bin/python benchmarks/architectures.py --tokens 30000           # the same, shorter
     .venv/bin/python benchmarks/architectures.py --rows relu/ "topk/l1"   # rows whose name contains one of these
 
@@ -16,6 +16,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -28,23 +29,27 @@ import torch
 
 import measure
 from combinations import (
+    FINE_LR,
+    FINE_TOKENS,
     HOOK,
     LR,
+    LRS,
     PENALISED_LR,
+    SEEDS,
     Case,
     Problem,
     activations,
     all_cases,
-    config_of,
     goes,
     objectives,
     plain_objective,
     problems,
     score,
+    sequences,
+    trained,
 )
 from unweave import UnweaveError
 from unweave.sae import ACTIVATIONS
-from unweave.training import train_on
 
 ABSORBS = 0.05
 """Absorption below which there is none that Matryoshka could lower."""
@@ -55,19 +60,21 @@ Rows = dict[str, dict[str, Any]]
 def work(cases: Sequence[Case], folder: str) -> list[tuple[str, dict[str, Any]]]:
     """Train some rows of a problem on its batches, and score them."""
     torch.set_num_threads(1)
-    p = cases[0].problem
-    batches = torch.load(Path(folder, f"{p.name}.pt"), mmap=True).split(p.batch)
-    rows = []
+    p, rows = cases[0].problem, []
     for case in cases:
         started = time.perf_counter()
         row: dict[str, Any]
         try:
-            (sae,) = train_on(batches, [config_of(case)], tokens=p.tokens, progress=False)
-            row = score(p, sae)
+            row = score(p, trained(case, torch.load(Path(folder, f"{data_of(case)}.pt"), mmap=True)))
         except UnweaveError as error:  # it diverged, or has no latent left to calibrate
             row = {"error": str(error)}
         rows.append((case.name, row | {"seconds": time.perf_counter() - started}))
     return rows
+
+
+def data_of(case: Case) -> str:
+    """Name of what a row is trained on."""
+    return "sequences" if case.objective == "temporal" else case.problem.name
 
 
 def collapsed(row: dict[str, Any], best: float) -> bool:
@@ -100,8 +107,8 @@ def run(cases: Sequence[Case], keep: Path | None, jobs: int) -> tuple[Rows, int]
     left, earlier = [case for case in cases if case.name not in done], len(done)
     fresh = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(jobs, fresh) as pool:
-        for p in {case.problem for case in left}:
-            torch.save(activations(p), Path(folder, f"{p.name}.pt"))
+        for name, p in {(data_of(case), case.problem) for case in left}:
+            torch.save((sequences if name == "sequences" else activations)(p), Path(folder, f"{name}.pt"))
         futures = [pool.submit(work, part, folder) for part in chunks(left)]
         for future in as_completed(futures):
             for name, row in future.result():
@@ -136,15 +143,34 @@ def main_table(cases: Sequence[Case], rows: Rows) -> str:
     return measure.table(heading, lines)
 
 
+def seeds(rows: Rows, where: str, activation: str, objective: str) -> list[dict[str, Any]]:
+    """What was measured of a row, seed by seed, where it was trained."""
+    p = Problem(where, 0, 0, 0, 0, 0)
+    found = [rows.get(Case(activation, objective, p, seed).name, {}) for seed in SEEDS]
+    return [row for row in found if "ev" in row]
+
+
+def mean(found: Sequence[dict[str, Any]], key: str) -> float:
+    """Mean over the seeds that have it; NaN if none has."""
+    values = [row[key] for row in found if row[key] is not None]
+    return statistics.fmean(values) if values else float("nan")
+
+
+def spread(found: Sequence[dict[str, Any]], key: str, form: str = ".3f") -> str:
+    """Mean over the seeds, and their standard deviation."""
+    deviation = statistics.stdev(row[key] for row in found) if len(found) > 1 else 0.0
+    return f"{mean(found, key):{form}} ± {deviation:{form}}"
+
+
 def order_table(rows: Rows) -> str:
     """The activation functions with their default objectives, best first on the model."""
     found = []
     for name in ACTIVATIONS:
-        m, w = (rows.get(f"{where}/{name}/{plain_objective(name)}", {}) for where in ("model", "zipfian"))
-        if "ev" in m and "ev" in w:
-            found.append((m["ev"], [
-                name, plain_objective(name), show(m["l0"], ".1f"), show(m["ev"]), show(m["recovered"]),
-                show(w["l0"], ".1f"), show(w["ev"]), show(w["mmcs"]), show(w["f1"]),
+        m, w = (seeds(rows, where, name, plain_objective(name)) for where in ("model", "zipfian"))
+        if m and w:
+            found.append((mean(m, "ev"), [
+                name, plain_objective(name), spread(m, "l0", ".1f"), spread(m, "ev"), spread(m, "recovered"),
+                spread(w, "l0", ".1f"), spread(w, "ev"), spread(w, "mmcs"), spread(w, "f1"),
             ]))  # fmt: skip
     heading = ["activation", "objective", "L0", "explained variance", "loss recovered", "world: L0",
                "explained variance", "max cosine", "F1"]  # fmt: skip
@@ -158,15 +184,17 @@ def order(rows: Rows) -> str:
                          ("gated", "topk"), ("jumprelu", "topk")):  # fmt: skip
         found = []
         for where in ("model", "zipfian"):
-            a, b = (rows.get(f"{where}/{name}/{plain_objective(name)}", {}) for name in (below, above))
-            if "ev" in a and "ev" in b:
-                sizes = f"{b['ev']:.3f} at L0 {b['l0']:.1f}, {a['ev']:.3f} at {a['l0']:.1f}"
-                found.append(f"{where} **{'yes' if b['ev'] > a['ev'] else 'no'}** ({sizes})")
+            a, b = (seeds(rows, where, name, plain_objective(name)) for name in (below, above))
+            if a and b:
+                higher = min(row["ev"] for row in b) > max(row["ev"] for row in a)
+                answer = "yes" if higher else "no" if mean(b, "ev") < mean(a, "ev") else "within the spread"
+                sizes = (f"{mean(row, 'ev'):.3f} at L0 {mean(row, 'l0'):.1f}" for row in (b, a))
+                found.append(f"{where} **{answer}** ({', '.join(sizes)})")
         if found:
             lines.append(f"- {above} above {below}: {'; '.join(found)}")
-    absorbing = [pair for pair in nested(rows) if pair[1]["absorption"] > ABSORBS]
+    absorbing = [pair for pair in nested(rows) if mean(pair[1], "absorption") > ABSORBS]
     if absorbing:
-        kept = [name for name, without, with_it in absorbing if with_it["absorption"] >= without["absorption"]]
+        kept = [a for a, without, with_it in absorbing if mean(with_it, "absorption") >= mean(without, "absorption")]
         n = len(absorbing) - len(kept)
         lines.append(
             f"- of the activation functions with an absorption above {ABSORBS}, Matryoshka lowers it in **{n} of "
@@ -175,12 +203,12 @@ def order(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def nested(rows: Rows) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """The activation functions with their rows on the hierarchical world, without Matryoshka and with it."""
+def nested(rows: Rows) -> list[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]]:
+    """The activation functions with their seeds on the hierarchical world, without Matryoshka and with it."""
     found = []
     for a in ACTIVATIONS:
-        without, with_it = (rows.get(f"hierarchical/{a}/{o}") for o in (plain_objective(a), "Matryoshka"))
-        if without and with_it and "ev" in without and "ev" in with_it:
+        without, with_it = (seeds(rows, "hierarchical", a, o) for o in (plain_objective(a), "Matryoshka"))
+        if without and with_it:
             found.append((a, without, with_it))
     return found
 
@@ -189,7 +217,7 @@ def splitting_table(rows: Rows) -> str:
     """Absorption and splitting on the hierarchical world, without and with Matryoshka."""
     columns = (("absorption", ".3f"), ("spread", ".2f"), ("f1", ".3f"), ("dead", ".0%"), ("ev", ".3f"), ("l0", ".1f"))
     lines = [
-        [name, *(f"{show(without[key], form)} → {show(with_it[key], form)}" for key, form in columns)]
+        [name, *(f"{mean(without, key):{form}} → {mean(with_it, key):{form}}" for key, form in columns)]
         for name, without, with_it in nested(rows)
     ]
     return measure.table(["activation", "absorption", "firing spread", "F1", "dead", "explained variance", "L0"], lines)
@@ -215,8 +243,10 @@ def report(cases: Sequence[Case], rows: Rows, bad: Sequence[str], earlier: int) 
     return "\n\n".join([
         *measure.machine(),
         f"`{HOOK}` of the model that ships, reading Python's documentation and sources; the worlds are those of "
-        f"`unweave synth`. {sizes}. Learning rate {LR:g} where latents are ranked, else {PENALISED_LR:g}; the same for "
-        "thresholds. One seed, and no SAE is trained to its end."
+        f"`unweave synth`. {sizes}. Learning rate {LR:g} where latents are ranked, {LRS['tanhrelu']:g} for "
+        f"TanhReLU, else {PENALISED_LR:g}. Rows named *then ...* go on for {FINE_TOKENS:,} tokens at {FINE_LR:g}. No "
+        f"SAE is trained to its end. The first two tables are of {len(SEEDS)} seeds (of pursuits on the model one), ± "
+        "their standard deviation; the last is of one."
         + (f" {earlier} of {len(rows)} rows are kept from interrupted runs before this one." if earlier else ""),
         "### In order",
         order_table(rows),

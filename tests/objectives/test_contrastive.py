@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from unweave._errors import UnweaveError
 from unweave.objectives import Contrastive, Matryoshka
-from unweave.sae import SAE, BatchTopK, DenseCodes, MatchingPursuit, SparseCodes, TopK
+from unweave.sae import (
+    SAE,
+    BatchTopK,
+    DenseCodes,
+    MatchingPursuit,
+    OrthogonalMatchingPursuit,
+    SparseCodes,
+    TopK,
+)
 from unweave.training import train_on
 from unweave.training.config import SAEConfig, TrainConfig, from_dict, to_dict
 
@@ -78,6 +86,16 @@ def test_the_first_latents_learn_what_neighbours_share():
     assert shares[1] > shares[0] + 0.1
 
 
+def test_it_moves_a_matching_pursuit():
+    """Whose codes have a gradient for the dictionary that they are measured with."""
+    batches = [torch.randn(64, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    weights = []
+    for sparsity in (None, Contrastive()):
+        config = SAEConfig(d_sae=32, activation=MatchingPursuit(k=3), sparsity=sparsity, sparsity_warmup=0, lr=1e-2)
+        weights.append(train_on(batches, [config], progress=False)[0].W_dec.detach())
+    assert (weights[0] - weights[1]).abs().max() > 1e-3
+
+
 def test_bad_input():
     with pytest.raises(UnweaveError, match="share of the latents"):
         Contrastive(share=0.0)
@@ -88,6 +106,8 @@ def test_bad_input():
     codes = SparseCodes.from_dense(torch.rand(3, 8))
     with pytest.raises(UnweaveError, match="3 rows"):
         Contrastive()(codes, codes, SAE(4, 8, TopK(1)))
+    with pytest.raises(UnweaveError, match="OrthogonalMatchingPursuit have no gradient"):
+        SAEConfig(d_sae=64, activation=OrthogonalMatchingPursuit(k=3), sparsity=Contrastive())
     config = SAEConfig(d_sae=64, activation=MatchingPursuit(k=3), sparsity=Contrastive(similarity="cosine"))
     assert from_dict(SAEConfig, to_dict(config)) == config
     with pytest.raises(UnweaveError, match="pairs of neighbours"):

@@ -41,6 +41,15 @@ def test_target_l0_by_hand():
     penalty.backward()
     # Only 0.55 lies in the window: d/dthreshold of (L0/1 - 1)^2 is 2 * (2 - 1) * (-1 / 0.2) / 2 tokens.
     assert sae.threshold.grad.tolist() == pytest.approx([-5.0, 0.0, 0.0])
+    # From twice the target on the slope stays 2: at L0 2 and a target of 0.5, four times it, 1 + 2 * (3 - 1) = 5.
+    sae.threshold.grad = None
+    penalty = TargetL0(0.5)(pre, pre, sae)
+    assert penalty.item() == pytest.approx(5.0)
+    penalty.backward()
+    assert sae.threshold.grad.tolist() == pytest.approx([2 / 0.5 * (-1 / 0.2) / 2, 0.0, 0.0])
+    value, slope = TargetL0.of(torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0, 3.0]))
+    assert value.tolist() == [1.0, 0.25, 0.0, 0.25, 1.0, 5.0]
+    assert slope.tolist() == [-2.0, -1.0, 0.0, 1.0, 2.0, 2.0]
 
 
 def test_auxk_by_hand():

@@ -56,7 +56,8 @@ def by_formula(penalty, dense, active, norms):
         case QuadraticL0(l0):
             return 2 / l0 * ((active.sum(1) - l0) ** 2).mean()
         case TargetL0(l0):
-            return (active.sum() / n / l0 - 1) ** 2
+            off = active.sum() / n / l0 - 1
+            return off**2 if off < 1 else 2 * off - 1
 
 
 @st.composite
@@ -137,6 +138,25 @@ def test_l0_of_tokens_and_of_the_batch():
     assert L0()(pre, pre, sae).item() == 2
 
 
+@pytest.mark.parametrize(("p", "eps", "root"), [(0.2, 1e-3, False), (0.5, 0.0, False), (0.5, 0.0, True)])
+def test_a_power_pushes_thresholds_by_its_jump(p, eps, root):
+    """Not by the slope of codes of 0 just below, `threshold * p * eps^(p - 1)`, which is many times as much."""
+    pre = SparseCodes.from_dense(torch.tensor([[0.4, 0.6, 0.9]], dtype=torch.float64))
+    pre = pre.with_values(pre.values.requires_grad_())
+    sae = sae_of(JUMP, torch.eye(3, dtype=torch.float64))  # thresholds 0.5, window from 0.3 to 0.7
+    codes = JUMP.apply(pre, sae.threshold)
+    value = Lp(p=p, eps=eps, root=root)(pre, codes, sae)
+    powers = [(v + eps) ** p - eps**p for v in (0.4, 0.6, 0.9)]
+    active = powers[1] + powers[2]
+    assert value.item() == pytest.approx(active ** (1 / p) if root else active)
+    value.backward()
+    outer = active ** (1 / p - 1) / p if root else 1.0
+    expected = [-outer * powers[0] / 0.4, -outer * powers[1] / 0.4, 0.0]
+    assert sae.threshold.grad.tolist() == pytest.approx(expected)
+    slopes = [0.0, outer * p * (0.6 + eps) ** (p - 1), outer * p * (0.9 + eps) ** (p - 1)]
+    assert pre.values.grad.tolist() == pytest.approx(slopes)
+
+
 def test_signed_codes_count_by_their_size():
     codes = SparseCodes.from_dense(torch.tensor([[1.0, -2.0]], dtype=torch.float64))
     assert L1()(codes, codes, sae_of(AbsTopK(2), torch.eye(2, dtype=torch.float64))).item() == 3
@@ -145,7 +165,8 @@ def test_signed_codes_count_by_their_size():
 def test_default_coefficients():
     assert (L1().coefficient_for(2500), L1(3.0).coefficient_for(2500)) == (pytest.approx(5.0), 3.0)
     assert L0().coefficient_for(2304) == pytest.approx(1.3824)
-    assert PAnneal().coefficient_for(100) == pytest.approx(1.0)
+    assert (PAnneal().coefficient_for(100), PAnneal(2.0).coefficient_for(100)) == (pytest.approx(0.15), 2.0)
+    assert QuadraticL0(20.0).coefficient_for(500) == pytest.approx(2.5)
     assert TargetL0(coefficient=0.5).coefficient_for(64) == 32
     assert (Tanh(7).coefficient_for(64), Tanh().coefficient_for(500)) == (7, 1.0)
     assert (Frequency(7).coefficient_for(64), Frequency().coefficient_for(500)) == (7, 5.0)

@@ -71,7 +71,9 @@ def _dense_loss(trainee, x, sparsity_scale):
             if isinstance(config.sparsity_term, TargetL0):
                 l0 = (active + slope).sum() / len(x)
                 target = config.sparsity_term
-                loss = loss + sparsity_scale * target.coefficient * d * (l0 / target.l0 - 1) ** 2
+                off = l0 / target.l0 - 1
+                value = off**2 if off < 1 else 2 * off - 1
+                loss = loss + sparsity_scale * target.coefficient * d * value
         case _:
             codes = pre.relu() * _chosen(config.activation, pre, config.activation.k)
     if config.multi_topk:

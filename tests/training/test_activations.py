@@ -272,14 +272,14 @@ def test_dense_steps_go_sparse_by_themselves(activation, monkeypatch):
         return kinds[0], made, counter.get_total_flops()
 
     scale = 0.1 if not config.decoder_is_unit else 1.0
-    often, rarely = step(0.0), step(-5.0 * scale)
+    often, rarely = step(0.0), step(-3.0 * scale)
     assert (often[0], rarely[0]) == (DenseCodes, SparseCodes)
     assert 0 < rarely[1].l0 / len(x) / 256 < 0.05 < often[1].l0 / len(x) / 256
     encoder = 2 * x.numel() * 256
     assert rarely[2] < 1.1 * encoder  # nothing but the encoder's product is left
     assert often[2] > 3.9 * encoder
     monkeypatch.setattr(sae_module, "DENSE_ABOVE", 0.0)
-    kind, dense, flops = step(-5.0 * scale)
+    kind, dense, flops = step(-3.0 * scale)
     assert kind is DenseCodes
     assert flops > 3.9 * encoder
     torch.testing.assert_close(rarely[1].loss, dense.loss)

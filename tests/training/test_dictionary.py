@@ -121,10 +121,10 @@ def test_dead_latents_of_a_pursuit_come_back(batches):
 
     def dead_after(coefficient):
         made = config(activation=MatchingPursuit(k=3), auxk=AuxK(coefficient=coefficient), dead_after=2000, lr=1e-3)
-        trainee = Trainee(made, batches[0], steps=200, tokens=200 * 256, seed=0)
+        trainee = Trainee(made, batches[0], steps=200, tokens=200 * 256, seed=1)
         far = normalize(torch.ones(D_IN), dim=0)
         with torch.no_grad():  # directions that the centred data hardly has, opposite to one another's mean
-            trainee.sae.W_dec[: D_SAE // 2] = normalize(0.05 * trainee.sae.W_dec[: D_SAE // 2] - far, dim=1)
+            trainee.sae.W_dec[: D_SAE // 2] = normalize(0.01 * trainee.sae.W_dec[: D_SAE // 2] - far, dim=1)
         for i in range(200):
             trainee.step(batches[i % len(batches)])
         return int(trainee.dead.sum())

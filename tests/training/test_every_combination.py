@@ -61,7 +61,7 @@ def expected_to_be_refused(name, objective):
     if objective in ("l0", "quadratic_l0", "target_l0"):
         return name != "jumprelu"  # counts reach thresholds alone
     if objective in PENALTIES:
-        return pursuit and objective != "contrastive"
+        return pursuit and (objective != "contrastive" or name == "orthogonal_matching_pursuit")
     return {
         "multi_topk": name not in ("topk", "abstopk", "batchtopk"),
         "pre_act": has_k,

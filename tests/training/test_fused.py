@@ -177,7 +177,7 @@ def test_equals_autograd_and_dense_float64(dense_loss, problem, scale):
 
     twin = doubled(trainee)
     loss = dense_loss(twin, x.double(), scale)
-    torch.testing.assert_close(step.loss.double(), loss.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(step.loss.double(), loss.detach(), rtol=5e-5, atol=0)  # roots of small codes
     loss.backward()
     exact = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in twin.sae.named_parameters()}
     if trainee.config.decoder_is_unit:

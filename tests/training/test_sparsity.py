@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -56,6 +57,13 @@ def test_several_penalties_add_up():
     torch.testing.assert_close(term(trainee, x, 3, 0.5), expected)
     without, _ = make(dataclasses.replace(trainee.config, sparsity=()))
     torch.testing.assert_close(trainee.loss(x, 0.5)[0] - without.loss(x, 0.5)[0], expected)
+
+
+def test_an_sae_does_not_start_with_the_features_of_a_world_of_its_seed():
+    """Which are drawn from that seed, too."""
+    trainee, _ = make(SAEConfig(d_sae=M, activation=TopK(3)))
+    features = torch.nn.functional.normalize(torch.randn(M, D, generator=torch.Generator().manual_seed(0)), dim=1)
+    assert (trainee.sae.W_dec.detach() * features).sum(1).abs().mean() < 0.5
 
 
 def test_a_schedule_takes_the_place_of_the_warm_up():
@@ -183,12 +191,23 @@ def test_thresholds_move_at_the_rate_of_their_schedule():
     """pitfall_059"""
     moved = []
     for schedule in (None, Schedule(0.5, 0.5)):
-        config = SAEConfig(d_sae=M, activation=JumpReLU(0.1, 0.5), threshold_schedule=schedule, warmup=0, decay=0)
+        config = SAEConfig(
+            d_sae=M, activation=JumpReLU(0.1, 0.5), threshold_lr=1e-3, threshold_schedule=schedule, warmup=0, decay=0
+        )
         trainee, x = make(config)
         before = trainee.sae.threshold.detach().clone()
         trainee.step(x)
         moved.append((trainee.sae.threshold.detach() - before).abs().max().item())
     assert moved == pytest.approx([1e-3, 0.5e-3], rel=1e-2)
+
+
+def test_thresholds_move_as_fast_as_weights_at_a_mean_squared_norm_of_1():
+    """But by no more than a tenth of the window that they learn through."""
+    config = SAEConfig(d_sae=M, activation=JumpReLU(bandwidth=0.1), lr=1e-3)
+    assert config.threshold_rate(16) == pytest.approx(4e-3)
+    assert config.threshold_rate(1600) == pytest.approx(1e-2)
+    assert dataclasses.replace(config, threshold_lr=0.5).threshold_rate(1600) == 0.5
+    assert make(config)[0].rates["threshold"] == pytest.approx(1e-3 * D**0.5)
 
 
 def features(n, generator, directions, active=5):
@@ -198,23 +217,21 @@ def features(n, generator, directions, active=5):
     return (on * strength) @ directions + 0.5
 
 
-def trained(config, steps, n=256):
-    """Mean L0 over the last tenth of a run, and the trainee."""
-    generator = torch.Generator().manual_seed(0)
+def trained(config, steps, n=256, seed=0):
+    """Mean L0 over the last tenth of a run on a world of that seed, and the trainee."""
+    generator = torch.Generator().manual_seed(seed)
     directions = torch.nn.functional.normalize(torch.randn(64, 16, generator=generator), dim=1)
     batches = [features(n, generator, directions) for _ in range(steps)]
-    trainee = Trainee(config, batches[0], steps=steps, tokens=steps * n, seed=0)
+    trainee = Trainee(config, batches[0], steps=steps, tokens=steps * n, seed=seed)
     sums = [trainee.step(x) for x in batches]
     return sum((s.l0 / s.tokens).item() for s in sums[-steps // 10 :]) / (steps // 10), trainee
 
 
 @pytest.mark.parametrize("activation", [ReLU(), JumpReLU(), Gated()], ids=lambda a: a.name)
-@pytest.mark.parametrize("target", [4.0, 9.0])
-def test_a_controller_reaches_its_target(activation, target):
-    config = SAEConfig(
-        d_sae=96, activation=activation, l0_controller=L0Controller(target), lr=5e-3, threshold_lr=3e-3
-    )  # fmt: skip
-    l0, trainee = trained(config, 500)
+@pytest.mark.parametrize(("target", "seed"), [(4.0, 0), (9.0, 1)])
+def test_a_controller_reaches_its_target(activation, target, seed):
+    config = SAEConfig(d_sae=96, activation=activation, l0_controller=L0Controller(target), lr=5e-3)
+    l0, trainee = trained(config, 500, seed=seed)
     assert l0 == pytest.approx(target, rel=0.1)
     assert trainee.penalty != pytest.approx(trainee.config.sparsity_term.coefficient_for(16), rel=0.05)
 
@@ -240,20 +257,51 @@ def test_a_controller_by_hand():
     state = ControllerState(L0Controller(10.0, rate=0.1, gain=2.0), steps=100)
     assert state.factor == 1
     state.observe(20.0)
-    assert state.l0 == 20
-    assert state.total == pytest.approx(0.1 * 0.6931, rel=1e-3)
+    log2 = 0.6931472
+    assert (state.fast, state.slow) == (pytest.approx(log2), pytest.approx(log2))  # it stands still, as far as is known
+    assert state.total == pytest.approx(0.1 * log2, rel=1e-3)
     assert state.factor == pytest.approx(2**2.1, rel=1e-3)
     state.observe(10.0)
-    assert state.l0 == pytest.approx(19.0)
+    assert (state.fast, state.slow) == (pytest.approx(0.9 * log2), pytest.approx(0.98 * log2))
+    # The means are 10 and 50 steps behind, and differ by 0.08 log 2: it falls by 0.002 log 2 a step, for 5 steps more.
+    error = (0.9 - 0.002 * 5) * log2
+    assert state.total == pytest.approx(0.1 * log2 + 0.1 * error)
+    assert state.factor == pytest.approx(math.exp(state.total + 2 * error))
     other = ControllerState(state.config, 100)
     other.load_state_dict(json.loads(json.dumps(state.state_dict())))
     assert other.factor == state.factor
     for _ in range(10_000):
         state.observe(1e6)
     assert state.factor == pytest.approx(1e4)
+    for _ in range(3):  # each time that L0 crosses the target, the sum goes on at half the rate, and at least an eighth
+        for l0 in (1.0, 100.0):
+            for _ in range(100):
+                state.observe(l0)
+    assert state.slowed == 1 / 8
     for bad in ({"target": 0.0}, {"rate": 0.0}, {"gain": -1.0}):
         with pytest.raises(UnweaveError, match="L0Controller needs"):
             L0Controller(**bad)
+
+
+def test_a_controller_does_not_wind_up_while_l0_falls():
+    """At 5 % a step it will be there within 40 steps, a tenth of the run, from 8 times the target on."""
+    state = ControllerState(L0Controller(10.0), steps=400)
+    totals = []
+    for step in range(70):
+        state.observe(500 * 0.95**step)
+        totals.append(state.total)
+    assert totals[30] > 1  # from far away the sum grows
+    assert totals[69] == totals[60]
+    assert state.factor < 0.6 * math.exp(state.total + math.log(3))  # and the other part has let go
+
+
+def test_a_controller_leaves_penalties_that_decide_no_l0():
+    terms = (L1(0.3), Frequency(0.2, limit=0.01))
+    trainee, x = make(SAEConfig(d_sae=M, activation=ReLU(), sparsity=terms, l0_controller=L0Controller(2)), steps=20)
+    for _ in range(12):
+        trainee.step(x)
+    assert trainee.sparsity.coefficient(0) > 0.35
+    assert trainee.sparsity.coefficient(1) == 0.2
 
 
 def test_a_controller_waits_for_the_warm_up():
@@ -273,6 +321,7 @@ def test_a_controller_waits_for_the_warm_up():
         ({"activation": TopK(), "l0_controller": L0Controller()}, "L0 of TopK is its k"),
         ({"activation": JumpReLU(), "sparsity": TargetL0(), "l0_controller": L0Controller()}, "target of their own"),
         ({"activation": JumpReLU(), "sparsity": (), "l0_controller": L0Controller()}, "give sparsity"),
+        ({"activation": ReLU(), "sparsity": Frequency(), "l0_controller": L0Controller()}, "Frequency does not"),
         ({"activation": ReLU(), "d_sae": 16, "l0_controller": L0Controller(17)}, "larger than d_sae"),
         ({"activation": ReLU(), "sparsity": 0.3}, "takes penalties"),
         ({"activation": ReLU(), "sparsity": (0.3,)}, "takes penalties"),

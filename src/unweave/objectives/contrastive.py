@@ -37,6 +37,7 @@ class Contrastive(Penalty):
     share: float = 0.2
     similarity: Literal["dot", "cosine"] = "dot"
     name: ClassVar[str] = "contrastive"
+    decides_l0: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,8 +14,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unweave._errors import UnweaveError
-from unweave.objectives.penalty import Penalty, register_penalty, strengths, sum_by_latent, sum_by_row
-from unweave.sae import SAE
+from unweave.objectives.penalty import (
+    Penalty,
+    active_entries,
+    register_penalty,
+    strengths,
+    sum_by_latent,
+    sum_by_row,
+)
+from unweave.sae import SAE, JumpReLU
 from unweave.sae.codes import Codes
 
 
@@ -53,6 +60,10 @@ class Lp(Penalty):
         root: Whether the root `1 / p` of each token's sum is taken, as in SAELens' `lp_norm`.
         eps: Added to codes before the power and its own power taken off after it, so that the slope of a code that
             goes to 0 ends at `p * eps^(p - 1)` instead of growing without bound. 0 is the published formula.
+
+    JumpReLU's thresholds are pushed by the jump of the power there, about `threshold^p`. The chain rule has the
+    threshold times the slope in its place, the same for p = 1 alone: at p 0.2 and a threshold of 0.3 the jump is 0.54,
+    and for codes of 0 just below the threshold the chain rule gives `0.3 * 0.2 * 0.001^-0.8 = 15`.
     """
 
     coefficient: float | None = None
@@ -77,11 +88,16 @@ class Lp(Penalty):
         a = strengths(codes, sae)
         if self.p == 1:
             return a.sum() / codes.n_rows
+        jumps = isinstance(sae.activation, JumpReLU)
+        if jumps:
+            a = strengths(pre.with_values(pre.values.relu()), sae)
         if self.eps:
             powers = (a + self.eps).pow(self.p) - self.eps**self.p
         else:
             active = a > 0  # elsewhere the slope is infinite, and 0 times it would be NaN
             powers = torch.where(active, torch.where(active, a, 1.0).pow(self.p), 0.0)
+        if jumps:
+            powers = powers * active_entries(pre, sae)
         if not self.root:
             return powers.sum() / codes.n_rows
         tiny = torch.finfo(powers.dtype).tiny
@@ -97,7 +113,11 @@ class PAnneal(Penalty):
     two are averaged over ten steps before the change.) The last p is trained with for as long as the others.
 
     Attributes:
-        coefficient: At the start, while p is 1: that of an L1 penalty. None: `0.1 * sqrt(d_in)`.
+        coefficient: At the start, while p is 1: that of an L1 penalty, for inputs scaled to a mean squared norm of
+            d_in. None: `0.015 * sqrt(d_in)`, the middle of the published 0.006 to 0.025 at a mean squared norm of 1. It
+            is a seventh of L1's default, because a small p weighs small codes more: with all codes equal the slope of
+            each goes from c to `p c`, but of a code of a hundredth of that size it becomes `100^(1 - p) p c`, at p 0.2
+            eight times c.
         p_end: Last p; above 0, since p = 0 has no gradient.
         begin: Share of the run after which p begins to change.
         changes: Number of steps from 1 to `p_end`.
@@ -123,7 +143,7 @@ class PAnneal(Penalty):
 
     def coefficient_for(self, d_in: int) -> float:
         """The coefficient at a width, at the start of the run."""
-        return L1(self.coefficient).coefficient_for(d_in)
+        return 0.015 * d_in**0.5 if self.coefficient is None else self.coefficient
 
     def p_at(self, step: int, steps: int) -> float:
         """The exponent at a step."""
@@ -196,6 +216,7 @@ class Frequency(Penalty):
     limit: float = 0.1
     c: float = 4.0
     name: ClassVar[str] = "frequency"
+    decides_l0: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

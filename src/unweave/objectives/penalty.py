@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unweave._errors import UnweaveError
 from unweave.objectives.schedules import Schedule
-from unweave.sae import SAE
+from unweave.sae import SAE, JumpReLU
 from unweave.sae.activation import Activation
 from unweave.sae.codes import Codes, DenseCodes
 
@@ -34,10 +34,12 @@ class Penalty(ABC):
     Attributes:
         name: Name in configurations.
         schedule: Multiplies the coefficient; None: the warm-up `SAEConfig.sparsity_warmup`.
+        decides_l0: Whether more of it means fewer active latents, so that an L0 controller moves it.
     """
 
     schedule: Schedule | None = None
     name: ClassVar[str]
+    decides_l0: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         coefficient = getattr(self, "coefficient", None)
@@ -101,6 +103,12 @@ def strengths(codes: Codes, sae: SAE) -> Float[Tensor, "..."]:
     # thresholds learn from entries whose code is 0.
     values = codes.values.abs() if sae.activation.signed else codes.values
     return values * codes.at(sae.decoder_norms())
+
+
+def active_entries(pre: Codes, sae: SAE) -> Float[Tensor, "..."]:
+    """1 at every entry above its JumpReLU threshold, else 0, differentiable through the window; as `pre.values`."""
+    assert isinstance(sae.activation, JumpReLU)
+    return sae.activation.step(pre, sae.threshold)
 
 
 def sum_by_row(codes: Codes, per_entry: Float[Tensor, "..."]) -> Float[Tensor, " n"]:

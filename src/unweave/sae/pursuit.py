@@ -35,6 +35,8 @@ class Pursuit(Activation):
     residual_threshold: float
     ranked: ClassVar[bool] = True
     tied: ClassVar[bool] = True
+    differentiable: ClassVar[bool] = True
+    """Whether codes have a gradient for the dictionary that they are measured with."""
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -124,6 +126,7 @@ class OrthogonalMatchingPursuit(Pursuit):
     k: int = 32
     residual_threshold: float = field(default=0.0, compare=False)
     name: ClassVar[str] = "orthogonal_matching_pursuit"
+    differentiable: ClassVar[bool] = False
 
     def check(self, d_sae: int) -> None:
         if self.k > d_sae:

@@ -66,6 +66,11 @@ def _check_sparsity(config: SAEConfig) -> None:
         )
     if not config.sparsity_terms:
         raise UnweaveError("an L0 controller moves the coefficient of a penalty: give sparsity=L1() or another one.")
+    if not any(term.decides_l0 for term in config.sparsity_terms):
+        names = ", ".join(type(term).__name__ for term in config.sparsity_terms)
+        raise UnweaveError(
+            f"an L0 controller moves a penalty that decides L0, and {names} does not: add L1() or another."
+        )
     if any(isinstance(term, TargetL0) or hasattr(term, "l0") for term in config.sparsity_terms):
         raise UnweaveError(
             "an L0 controller moves the coefficient until L0 is reached, and TargetL0 and QuadraticL0 have a target of "

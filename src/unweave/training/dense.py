@@ -133,9 +133,9 @@ def dense_gradients(
         loss = loss + penalty / n * kernels.ordered_sum(sums * norms)
         g_dec.addcmul_((penalty / n * sums / norms.clamp(min=torch.finfo(norms.dtype).tiny))[:, None], rows_dec)
     if isinstance(config.sparsity_term, TargetL0):
-        off = l0 / n / config.sparsity_term.l0 - 1
-        loss = loss + penalty * off.square()
-        towards -= penalty * 2 * off / (config.sparsity_term.l0 * n) * windows
+        value, slope = TargetL0.of(l0 / n / config.sparsity_term.l0 - 1)
+        loss = loss + penalty * value
+        towards -= penalty * slope / (config.sparsity_term.l0 * n) * windows
     if residual is not None:
         aux = auxk_gradients(sae, config.auxk.coefficient, residual, centred, latents, k_aux, low)
         loss = loss + aux.loss

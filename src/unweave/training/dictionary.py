@@ -44,9 +44,13 @@ def check_dictionary(config: SAEConfig) -> None:
             raise UnweaveError("a tied dictionary measures inputs by its rows, which need unit_norm.")
         if not activation.scales:
             raise UnweaveError(f"the codes of {name} do not scale with the inputs, so a tied one could not be folded.")
-    of_size = [term for term in config.sparsity_terms if not isinstance(term, Contrastive)]
-    if isinstance(activation, Pursuit) and of_size:
-        raise UnweaveError(f"{name} stops after k atoms, and a penalty on the codes it measures has nothing to choose.")
+    if isinstance(activation, Pursuit):
+        if any(not isinstance(term, Contrastive) for term in config.sparsity_terms):
+            raise UnweaveError(
+                f"{name} stops after k atoms, and a penalty on the codes it measures has nothing to choose."
+            )
+        if config.sparsity_terms and not activation.differentiable:
+            raise UnweaveError(f"the codes of {name} have no gradient, so Contrastive could not change anything.")
     if isinstance(config.dictionary, ArchetypalDictionary):
         config.dictionary.points_for(config.d_sae)
         if is_tied(config):

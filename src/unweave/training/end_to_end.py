@@ -28,6 +28,7 @@ from unweave.objectives import Contrastive, EndToEnd, balanced, ce_loss, downstr
 from unweave.sae import SAE
 from unweave.training.config import SAEConfig
 from unweave.training.finish import finished_sae
+from unweave.training.progress import Progress
 from unweave.training.trainee import StepSums, Trainee
 
 _MAX_EMPTY_PASSES = 64
@@ -64,6 +65,7 @@ def train_end_to_end(
     text: DataConfig | None = None,
     masks: MaskConfig | None = None,
     seed: int = 0,
+    progress: bool = True,
 ) -> SAE:
     """Train an SAE, or fine-tune one, on what a causal language model predicts with it in place.
 
@@ -79,6 +81,7 @@ def train_end_to_end(
         text: How text becomes rows.
         masks: Tokens that keep their activation and do not count.
         seed: Gives the initial decoder.
+        progress: Whether to show progress on standard error.
 
     Returns:
         A finished SAE for raw activations.
@@ -116,10 +119,12 @@ def train_end_to_end(
         trainee = _Spliced(config, sample, steps=steps, tokens=tokens, seed=seed, start=start)
         trainee.attach(loaded.module, hooks, loss)
         seen = 0
-        while seen < tokens:
-            clean = next(usable)
-            seen += int(clean.mask.sum())
-            trainee.step_on(clean)
+        with Progress(tokens, label="end to end", show=progress) as bar:
+            while seen < tokens:
+                clean = next(usable)
+                seen += int(clean.mask.sum())
+                sums = trainee.step_on(clean)
+                bar.update(min(seen, tokens), [_row(sums, trainee)])
     metadata = {"model_name": loaded.name, "hf_hook_name": str(hooks[0]), "end_to_end_tokens": seen}
     return finished_sae(trainee, [sample], metadata)
 
@@ -168,6 +173,17 @@ class _Spliced(Trainee):
             own = own + d * settings.downstream * downstream_error(clean.later, later, clean.mask)
         # What is not the squared error (penalties, dead latents) stays.
         return usual - error + settings.error * error + own, x_hat, codes
+
+
+def _row(sums: StepSums, trainee: Trainee) -> dict[str, Any]:
+    """What progress shows of a step."""
+    n, variance = float(sums.tokens), float(sums.variance)
+    return {
+        "loss": float(sums.loss) / n,
+        "l0": float(sums.l0) / n,
+        "explained_variance": 1 - float(sums.squared_error) / variance if variance > 0 else None,
+        "dead": float(trainee.dead.float().mean()),
+    }
 
 
 def _one(model: LoadedModel, name: str) -> Hook:

@@ -158,9 +158,9 @@ class Fused:
             towards = -code_grad * theta
             if isinstance(config.sparsity_term, TargetL0):
                 target = config.sparsity_term.l0
-                off = l0 / n / target - 1
-                loss = loss + penalty * off.square()
-                towards -= penalty * 2 * off / (target * n)
+                value, slope = TargetL0.of(l0 / n / target - 1)
+                loss = loss + penalty * value
+                towards -= penalty * slope / (target * n)
             window = ((pre - theta).abs() < config.activation.bandwidth / 2) / config.activation.bandwidth
             own["threshold"] = _by_latent(indices, towards * window, m)
 

@@ -154,7 +154,9 @@ def january_2025(d_sae: int = 16_384, *, coefficient: float = 10.0) -> SAEConfig
     Anthropic, Circuits Updates, January 2025: inputs of mean norm sqrt(d_in), log thresholds that start at 0.1,
     bandwidth 2, straight-through gradients to all parameters, tanh with c 4 at a coefficient of 10 to 20 that rises
     over the whole run, the pre-activation loss at 3e-6, learning rate 2e-4 falling to 0 over the last 20 %, free
-    decoder norms. Batches of 32,768. The coefficient is for models of thousands of dimensions: a narrow one needs less.
+    decoder norms. Batches of 32,768. The coefficient is for models of thousands of dimensions. A code saves about its
+    square of the error and costs the coefficient, so 10 drops all codes below 3, which is little where features have
+    norms of `sqrt(d_in / L0)` = 7, and nearly everything at a width of 128: `2e-3 * d_in` is Tanh's default there.
     Unlike there, the pre-activation loss acts on dead latents alone, encoder biases start at 0, and decoder rows at
     norm 0.1.
     """

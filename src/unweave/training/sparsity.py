@@ -41,7 +41,8 @@ class Sparsity:
         """Coefficient of a term apart from its warm-up or schedule; 0 where there are no terms."""
         if not self.terms:
             return 0.0
-        return self._base[i] * self._continuity[i] * (1.0 if self.controller is None else self.controller.factor)
+        moved = self.controller is not None and self.terms[i].decides_l0
+        return self._base[i] * self._continuity[i] * (self.controller.factor if moved else 1.0)  # type: ignore[union-attr]
 
     def scaled(self, step: int, warm: float, i: int = 0) -> float:
         """Coefficient of a term at a step.

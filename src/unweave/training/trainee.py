@@ -99,7 +99,8 @@ class Trainee:
             self.scale = self.normalization.scale
         self.target_scale = None if target is None else scale_of(target, target_widths)
         """What targets are multiplied by; None: they are the inputs."""
-        generator = torch.Generator().manual_seed(seed)
+        # Not the seed itself: from it a synthetic world draws its features, and the SAE would start with them.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} weights".encode()))
         shown, scale = (sample, self.scale) if self.normalization is None else (self.normalization(sample), 1.0)
         sae = fresh_coder(config, shown, target, widths, scale, self.target_scale, generator, target_widths)
         self.atoms = None
@@ -137,7 +138,8 @@ class Trainee:
         if self.atoms is not None:
             del parameters["W_dec"]
             parameters |= {f"atoms.{name}": p for name, p in self.atoms.named_parameters()}
-        self.rates = {n: config.threshold_lr if n == "threshold" else config.learning_rate for n in parameters}
+        of_thresholds = config.threshold_rate(self.sae.d_in)
+        self.rates = {n: of_thresholds if n == "threshold" else config.learning_rate for n in parameters}
         moments = torch.bfloat16 if config.moments == "bf16" else torch.float32
         self.optimizer = Adam(parameters, config.betas, moments)
         # A subclass with a loss of its own goes through autograd.
