@@ -37,10 +37,10 @@ M, READS, WRITES = 12, {"a": 6, "b": 6, "c": 6}, {"ya": 4, "yb": 5, "yc": 3}
 
 
 @torch.no_grad()
-def clt(activation, reads=READS, writes=WRITES, m=M, seed=0) -> CrossLayerTranscoder:
+def clt(activation, reads=READS, writes=WRITES, m=M, seed=0, *, skip=False) -> CrossLayerTranscoder:
     """Every weight, bias and threshold away from its initial value."""
     generator = torch.Generator().manual_seed(seed)
-    coder = CrossLayerTranscoder(reads, writes, m, activation, generator=generator)
+    coder = CrossLayerTranscoder(reads, writes, m, activation, skip=skip, generator=generator)
     for name, parameter in coder.named_parameters():
         if name == "threshold":
             parameter.copy_(torch.rand(parameter.shape, generator=generator) / 2)
@@ -227,6 +227,38 @@ def test_saved_and_loaded_it_predicts_the_same(activation, tmp_path):
     assert torch.equal(loaded.encode(x), coder.encode(x))
     assert torch.equal(loaded(x), coder(x))
     assert torch.equal(loaded.W_dec, coder.W_dec)
+
+
+EVEN = {"ya": 4, "yb": 4, "yc": 4}
+
+
+def test_a_skip_maps_each_layer_s_own_input(tmp_path):
+    """In every output, part, and file; folds take it along."""
+    torch.manual_seed(0)
+    coder, plain, x = clt(JumpReLU(), writes=EVEN, skip=True), clt(JumpReLU(), writes=EVEN), torch.randn(20, 18)
+    assert coder.W_skip.shape == (3, 6, 4)
+    plain.load_state_dict({name: tensor for name, tensor in coder.state_dict().items() if name != "W_skip"})
+    mapped = torch.cat([part @ S for part, S in zip(x.split(6, 1), coder.W_skip, strict=True)], 1)
+    torch.testing.assert_close(coder(x), plain(x) + mapped)
+    for i, target in enumerate(EVEN):
+        torch.testing.assert_close(coder.at(target)(x[:, : 6 * (i + 1)]), coder.split(coder(x))[target])
+    loaded = SAE.load(coder.save(tmp_path))
+    assert json.loads((tmp_path / "cfg.json").read_text())["architecture"] == "jumprelu_skip_clt"
+    assert torch.equal(loaded(x), coder(x))
+    assert torch.equal(loaded.W_skip, coder.W_skip)
+    scale, target_scale = torch.rand(18) + 0.5, torch.rand(12) + 0.5
+    expected = coder(x * scale) / target_scale
+    fold_input_scale(coder, scale, target_scale)
+    torch.testing.assert_close(coder(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_skip_learns():
+    coder, x = CrossLayerTranscoder(READS, EVEN, M, TopK(3), skip=True), torch.randn(20, 18)
+    coder(x).sum().backward()
+    for part, gradient in zip(x.split(6, 1), coder.W_skip.grad, strict=True):
+        torch.testing.assert_close(gradient, part.sum(0)[:, None].expand(6, 4))
+    with pytest.raises(UnweaveError, match="with a skip have one width"):
+        CrossLayerTranscoder(READS, WRITES, M, TopK(3), skip=True)
 
 
 def test_a_file_has_the_decoders_of_each_source_and_no_zeros(tmp_path):

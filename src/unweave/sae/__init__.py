@@ -1,7 +1,7 @@
 """What a dictionary is: sparse codes, activation functions, the SAE, its folds and its files."""
 
 from unweave.sae.activation import ACTIVATIONS, Activation, register_activation
-from unweave.sae.activation_fns import AbsTopK, BatchTopK, Gated, GroupMax, ReLU, TanhReLU, TopK
+from unweave.sae.activation_fns import AbsTopK, BatchTopK, Gated, GroupMax, RawTopK, ReLU, TanhReLU, TopK
 from unweave.sae.archetypal import ArchetypalDictionary, TiedDictionary
 from unweave.sae.clt import CrossLayerTranscoder, by_target
 from unweave.sae.coders import Crosscoder, Transcoder
@@ -30,6 +30,7 @@ __all__ = [
     "MatchingPursuit",
     "Normalization",
     "OrthogonalMatchingPursuit",
+    "RawTopK",
     "ReLU",
     "SparseCodes",
     "TanhReLU",

@@ -94,6 +94,22 @@ class TopK(_Ranked):
 
 @register_activation
 @dataclass(frozen=True)
+class RawTopK(_Ranked):
+    """The `k` largest pre-activations of each token, kept as they are where fewer than k are above 0 (saev's TopK)."""
+
+    k: int = 32
+    name: ClassVar[str] = "rawtopk"
+    signed: ClassVar[bool] = True
+
+    def selection(self, threshold: Threshold, n_rows: int) -> Spec:
+        return Largest(self.k)
+
+    def apply(self, pre: Codes, threshold: Threshold) -> Codes:
+        return pre
+
+
+@register_activation
+@dataclass(frozen=True)
 class AbsTopK(_Ranked):
     """The `k` pre-activations of largest magnitude of each token, with their signs (arXiv 2510.00404).
 

@@ -1,7 +1,7 @@
 """The cross-layer transcoder: every layer has codes of its own, and they write to that layer and all later ones.
 
     codes_l = activation(x_l @ W_enc_l + b_enc_l)
-    y_hat_l = sum over i <= l of codes_i @ W_dec_{i->l} + b_dec_l
+    y_hat_l = sum over i <= l of codes_i @ W_dec_{i->l} + b_dec_l [+ x_l @ W_skip_l]
 
 It is an SAE whose latents come layer after layer: those of layer l are `l * M` to `(l + 1) * M`. Each layer is encoded
 by itself, with the SAE's own selection; everything behind the encoder is the SAE's on all codes together.
@@ -150,6 +150,7 @@ class CrossLayerTranscoder(LayeredEncoder):
         writes: Width of the output of each layer, by name, in the same order.
         latents_per_layer: Number of latents of each layer.
         activation: As for `SAE`; its k is a layer's.
+        skip: Whether each layer has a linear map from its input to its output beside the latents; it starts at 0.
         metadata: As for `SAE`.
         generator: Source of the random initial encoder and decoder; the global one if None.
 
@@ -160,11 +161,15 @@ class CrossLayerTranscoder(LayeredEncoder):
         W_dec: `(d_sae, d_out)`, where d_out is the sum of the outputs' widths; 0 where a layer would write to an
             earlier one, which costs at most as much memory again as the decoders, and files leave out.
         b_dec: `(d_out,)`; never subtracted from the input.
+        W_skip: `(layers, d, d_l)`, where all outputs have the width d_l; or None.
 
     Raises:
-        UnweaveError: If there are fewer than two layers, not one output for each input, inputs of different widths, a
-            width that is not positive, or the activation function does not go with the number of latents of a layer.
+        UnweaveError: If there are fewer than two layers, not one output for each input, inputs of different widths (or
+            outputs, if there is a skip), a width that is not positive, or the activation function does not go with the
+            number of latents of a layer.
     """
+
+    W_skip: Tensor | None
 
     def __init__(
         self,
@@ -173,6 +178,7 @@ class CrossLayerTranscoder(LayeredEncoder):
         latents_per_layer: int,
         activation: Activation,
         *,
+        skip: bool = False,
         metadata: dict[str, Any] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -186,6 +192,8 @@ class CrossLayerTranscoder(LayeredEncoder):
             raise UnweaveError(f"the inputs of a cross-layer transcoder have one width, got {widths}.")
         if min(writes.values()) < 1:
             raise UnweaveError(f"a cross-layer transcoder needs outputs of positive width, got {dict(writes)}.")
+        if skip and len(set(writes.values())) > 1:
+            raise UnweaveError(f"the outputs of a transcoder with a skip have one width, got {dict(writes)}.")
         if latents_per_layer < 1:
             raise UnweaveError(f"a layer needs at least one latent, got {latents_per_layer}.")
         activation.check(latents_per_layer)
@@ -199,6 +207,15 @@ class CrossLayerTranscoder(LayeredEncoder):
         self._clear(W_dec)
         self.W_dec = nn.Parameter(nn.functional.normalize(W_dec, dim=1))
         self.b_dec = nn.Parameter(torch.zeros(W_dec.shape[1]))
+        maps = torch.zeros(layers, widths[0], max(writes.values())) if skip else None
+        self.register_parameter("W_skip", None if maps is None else nn.Parameter(maps))
+
+    def constant(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "*n d_out"]:
+        """The decoder's bias and, with a skip, the linear map of each layer's input."""
+        if self.W_skip is None:
+            return self.b_dec
+        mapped = zip(self._per_layer(x), self.W_skip, strict=True)
+        return self.b_dec + torch.cat([part @ S for part, S in mapped], 1)
 
     def _clear(self, decoder: Float[Tensor, "d_sae d_out"]) -> None:
         """Set to 0, in place, what would write to earlier layers."""
@@ -254,8 +271,9 @@ class CrossLayerTranscoder(LayeredEncoder):
         if "hook_names_out" in metadata:
             metadata["hook_name_out"] = metadata.pop("hook_names_out")[-1]
         metadata |= {"hf_hook_names": reads, HOOK_OUT: target}
+        d, skip = self.d_in // self.layers, self.W_skip is not None
         with torch.device("meta"):  # nothing is drawn or allocated: all weights are this transcoder's
-            part = CrossLayerPart(layers, self.d_in // self.layers, self.writes[target], n, self.activation, metadata)
+            part = CrossLayerPart(layers, d, self.writes[target], n, self.activation, skip, metadata)
         for name, tensor in (dict(self.named_parameters()) | dict(self.named_buffers())).items():
             tensor = tensor.detach()
             match name:
@@ -263,6 +281,8 @@ class CrossLayerTranscoder(LayeredEncoder):
                     view = tensor[:, :n]
                 case "W_dec":
                     view = self.split(tensor)[target][:n]
+                case "W_skip":
+                    view = tensor[layers - 1].T
                 case "b_dec":
                     view = self.split(tensor)[target]
                 case _:
@@ -282,10 +302,14 @@ class CrossLayerPart(LayeredEncoder, Transcoder):
     """What a cross-layer transcoder predicts at one output; made by `CrossLayerTranscoder.at`, and not saved."""
 
     def __init__(
-        self, layers: int, d: int, d_out: int, d_sae: int, activation: Activation, metadata: dict[str, Any]
+        self, layers: int, d: int, d_out: int, d_sae: int, activation: Activation, skip: bool, metadata: dict[str, Any]
     ) -> None:
-        Transcoder.__init__(self, d, d_out, d_sae, activation, metadata=metadata)
+        Transcoder.__init__(self, d, d_out, d_sae, activation, skip=skip, metadata=metadata)
         self.layers, self.d_in = layers, layers * d
+
+    def constant(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "*n d_out"]:
+        """The decoder's bias and, with a skip, the linear map of the last layer's input."""
+        return super().constant(x[:, -self.W_enc.shape[0] :])
 
 
 def by_target(coder: SAE) -> dict[str, SAE]:
@@ -293,28 +317,3 @@ def by_target(coder: SAE) -> dict[str, SAE]:
     if isinstance(coder, CrossLayerTranscoder):
         return {hook: coder.at(hook) for hook in coder.writes}
     return {hook: coder.at(hook) for hook in coder.widths} if isinstance(coder, Crosscoder) else {"": coder}
-
-
-def packed(coder: CrossLayerTranscoder, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as a file has them: `W_dec.i (M, ...)` are the decoders from layer i to its output and all later ones."""
-    starts = [sum(list(coder.writes.values())[:i]) for i in range(coder.layers)]
-    rows = weights["W_dec"].split(coder.latents_per_layer)
-    decoders = {f"W_dec.{i}": part[:, start:] for i, (part, start) in enumerate(zip(rows, starts, strict=True))}
-    return {name: tensor for name, tensor in weights.items() if name != "W_dec"} | decoders
-
-
-def unpacked(coder: CrossLayerTranscoder, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The inverse.
-
-    Raises:
-        UnweaveError: If a decoder is missing or has another shape than the coder's.
-    """
-    expected = packed(coder, {"W_dec": coder.W_dec.detach()})
-    for name, tensor in expected.items():
-        if name not in tensors:
-            raise UnweaveError(f"{where} lacks the tensor {name!r}.")
-        if tensors[name].shape != tensor.shape:
-            shapes = f"{tuple(tensors[name].shape)}, and its config says {tuple(tensor.shape)}"
-            raise UnweaveError(f"{name} in {where} has the shape {shapes}.")
-    parts = [pad(tensors[name], (coder.d_out - tensors[name].shape[1], 0)) for name in expected]
-    return {name: t for name, t in tensors.items() if name not in expected} | {"W_dec": torch.cat(parts)}

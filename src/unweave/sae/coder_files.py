@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from unweave._errors import UnweaveError
 from unweave.sae.activation import Activation
-from unweave.sae.clt import CrossLayerPart, CrossLayerTranscoder, packed, unpacked
+from unweave.sae.clt import CrossLayerPart, CrossLayerTranscoder
 from unweave.sae.coders import Crosscoder, Transcoder
 from unweave.sae.sae import SAE
 
-KINDS = ("skip_transcoder", "transcoder", "crosscoder", "clt")
+KINDS = ("skip_transcoder", "transcoder", "crosscoder", "skip_clt", "clt")
 KEYS = ("d_out", "widths", "reads", "writes")
 """Keys that a coder's config has beside an SAE's."""
 
@@ -29,7 +30,7 @@ def kind_of(sae: SAE) -> str | None:
     if isinstance(sae, CrossLayerPart):
         raise UnweaveError("this is a part of a cross-layer transcoder and shares its weights: save the whole.")
     if isinstance(sae, CrossLayerTranscoder):
-        return "clt"
+        return "clt" if sae.W_skip is None else "skip_clt"
     if isinstance(sae, Transcoder):
         return "transcoder" if sae.W_skip is None else "skip_transcoder"
     return "crosscoder" if isinstance(sae, Crosscoder) else None
@@ -88,27 +89,28 @@ def build(
         raise UnweaveError(
             f"{str(path)!r} asks for normalize_activations={normalize!r}, which a {kind} does not apply."
         )
-    for key in {"crosscoder": ("widths",), "clt": ("reads", "writes")}.get(kind, ("d_out",)):
+    layers = ("reads", "writes")
+    for key in {"crosscoder": ("widths",), "clt": layers, "skip_clt": layers}.get(kind, ("d_out",)):
         if key not in config:
             raise UnweaveError(f"{str(path)!r} lacks the key {key!r}.")
-    if kind == "clt":
+    skip = kind.startswith("skip_")
+    if kind in ("clt", "skip_clt"):
         reads, writes = config["reads"], config["writes"]
         if sum(reads.values()) != d_in or d_sae % max(1, len(reads)):
             raise UnweaveError(f"{str(path)!r} has d_in={d_in} and d_sae={d_sae}, which do not go with its reads.")
         m = d_sae // max(1, len(reads))
-        return CrossLayerTranscoder(reads, writes, m, activation, metadata=metadata, generator=unused)
+        return CrossLayerTranscoder(reads, writes, m, activation, skip=skip, metadata=metadata, generator=unused)
     if kind == "crosscoder":
         coder = Crosscoder(config["widths"], d_sae, activation, metadata=metadata, generator=unused)
         if coder.d_in != d_in:
             raise UnweaveError(f"{str(path)!r} has d_in={d_in}, and its widths make {coder.d_in}.")
         return coder
-    skip = kind == "skip_transcoder"
     return Transcoder(d_in, config["d_out"], d_sae, activation, skip=skip, metadata=metadata, generator=unused)
 
 
 def to_file(sae: SAE, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights as a file has them: of a cross-layer transcoder without the zeros of its decoder."""
-    return packed(sae, weights) if isinstance(sae, CrossLayerTranscoder) else weights
+    return _packed(sae, weights) if isinstance(sae, CrossLayerTranscoder) else weights
 
 
 def from_file(sae: SAE, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -117,4 +119,29 @@ def from_file(sae: SAE, tensors: Mapping[str, Tensor], path: Path) -> dict[str, 
     Raises:
         UnweaveError: If a decoder of a cross-layer transcoder is missing or has the wrong shape.
     """
-    return unpacked(sae, tensors, repr(str(path))) if isinstance(sae, CrossLayerTranscoder) else dict(tensors)
+    return _unpacked(sae, tensors, repr(str(path))) if isinstance(sae, CrossLayerTranscoder) else dict(tensors)
+
+
+def _packed(coder: CrossLayerTranscoder, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as a file has them: `W_dec.i (M, ...)` are the decoders from layer i to its output and all later ones."""
+    starts = [sum(list(coder.writes.values())[:i]) for i in range(coder.layers)]
+    rows = weights["W_dec"].split(coder.latents_per_layer)
+    decoders = {f"W_dec.{i}": part[:, start:] for i, (part, start) in enumerate(zip(rows, starts, strict=True))}
+    return {name: tensor for name, tensor in weights.items() if name != "W_dec"} | decoders
+
+
+def _unpacked(coder: CrossLayerTranscoder, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The inverse.
+
+    Raises:
+        UnweaveError: If a decoder is missing or has another shape than the coder's.
+    """
+    expected = _packed(coder, {"W_dec": coder.W_dec.detach()})
+    for name, tensor in expected.items():
+        if name not in tensors:
+            raise UnweaveError(f"{where} lacks the tensor {name!r}.")
+        if tensors[name].shape != tensor.shape:
+            shapes = f"{tuple(tensors[name].shape)}, and its config says {tuple(tensor.shape)}"
+            raise UnweaveError(f"{name} in {where} has the shape {shapes}.")
+    parts = [pad(tensors[name], (coder.d_out - tensors[name].shape[1], 0)) for name in expected]
+    return {name: t for name, t in tensors.items() if name not in expected} | {"W_dec": torch.cat(parts)}

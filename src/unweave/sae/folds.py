@@ -42,6 +42,9 @@ def fold_input_scale(
     sae.b_dec.div_(out)
     if isinstance(sae, Transcoder) and sae.W_skip is not None:
         sae.W_skip.mul_(scale).div_(out[:, None] if isinstance(out, Tensor) else out)
+    if isinstance(sae, CrossLayerTranscoder) and sae.W_skip is not None:
+        sae.W_skip.mul_(scale.view(sae.layers, -1, 1) if isinstance(scale, Tensor) else scale)
+        sae.W_skip.div_(out.view(sae.layers, 1, -1) if isinstance(out, Tensor) else out)
 
 
 def _refuse_temporal(sae: SAE) -> None:

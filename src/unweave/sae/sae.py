@@ -10,7 +10,6 @@ scale it was trained at is folded into its weights. Inference treats each token 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +24,7 @@ from unweave.sae.activation import Activation
 from unweave.sae.activation_fns import AbsTopK, BatchTopK, TopK
 from unweave.sae.codes import Codes, DenseCodes, SparseCodes
 from unweave.sae.normalization import PerToken, token_statistics
+from unweave.sae.persistence import Persistent
 from unweave.sae.pursuit import Pursuit
 
 DENSE_ABOVE = 0.05
@@ -44,7 +44,7 @@ class TrainingCodes(NamedTuple):
     """Pre-activations that a larger k selects beside the entries of `codes`, if one was asked for."""
 
 
-class SAE(nn.Module):
+class SAE(Persistent, nn.Module):
     """A sparse autoencoder.
 
     Args:
@@ -295,19 +295,6 @@ class SAE(nn.Module):
     def scale_encoder(self, scale: float | Float[Tensor, " d_in"]) -> None:
         """Multiply the encoder's rows, each by the factor of its input."""
         self.W_enc.mul_(scale[:, None] if isinstance(scale, Tensor) else scale)
-
-    def save(self, folder: str | Path) -> Path:
-        """Write the inference form in SAELens' layout; see `unweave.sae.files.save`."""
-        from unweave.sae import files
-
-        return files.save(self, folder)
-
-    @staticmethod
-    def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> SAE:
-        """Read an SAE from a folder in SAELens' layout; see `unweave.sae.files.load`."""
-        from unweave.sae import files
-
-        return files.load(folder, device=device, dtype=dtype)
 
     def extra_repr(self) -> str:
         return f"d_in={self.d_in}, d_sae={self.d_sae}, activation={self.activation}"
