@@ -76,6 +76,8 @@ $(VENV)/.docs: $(VENV)/.run
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
-$(ORACLES)/.run: $(ORACLES)/.torch pyproject.toml constraints.txt $(KERNELS) tests/oracles/requirements.txt
+$(ORACLES)/.run: $(ORACLES)/.torch pyproject.toml constraints.txt $(KERNELS) tests/oracles/requirements.txt \
+    benchmarks/requirements.txt
 	$(ORACLES)/bin/pip install --quiet --constraint constraints.txt -r tests/oracles/requirements.txt --editable .
+	$(ORACLES)/bin/pip install --quiet --no-deps -r benchmarks/requirements.txt
 	@touch $@

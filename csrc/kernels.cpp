@@ -1,6 +1,7 @@
 // The C interface, compiled once for each target: every function is exported as uw_NAME_TARGET.
 // Callers check shapes, types and index ranges; nothing is checked here.
 #include "dense.h"
+#include "gather.h"
 #include "optimizer.h"
 #include "select.h"
 #include "sparse.h"
@@ -183,6 +184,12 @@ void UW_EXPORT(take)(void *handle, i64 *indices, float *values) {
             *indices++ = collector.rows[i].at[c].latent;
             *values++ = collector.rows[i].at[c].value;
         }
+}
+
+void UW_EXPORT(gather_rows)(const i64 *rows, i64 n, i64 d, const void *stretches, const i64 *starts, i64 count, i64 kind,
+                            i64 wide, void *out, i64 threads) {
+    gather_rows(rows, n, d, static_cast<const Stretch *>(stretches), starts, count, kind, wide != 0,
+                static_cast<char *>(out), threads);
 }
 
 void UW_EXPORT(adam_rows)(float *weight, i64 m, i64 d, const float *grad, const i64 *slot, void *first, void *second,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import os
 import shutil
 import socket
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,23 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """An empty hub on localhost, and huggingface_hub's client pointed at it, with a token and a cache of its own."""
+    name = "unweave_test_hub"
+    if name not in sys.modules:  # tests are no package
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "hub" / "server.py")
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    server = sys.modules[name]
+    with server.serving() as made:
+        made.cache = tmp_path / "hf" / "hub"
+        server.connect(made, monkeypatch)
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -18,16 +18,19 @@ MAX_LINES = 320
 BASE = {"_errors", "_files"}
 BELOW = {
     "_errors": set(),
+    "_late": set(),
     "_files": {"_errors"},
+    "_mapped": {"_errors"},
     "kernels": {"_errors"},
-    "sae": BASE | {"kernels"},
+    "sae": BASE | {"_late", "_mapped", "kernels"},
     "objectives": BASE | {"kernels", "sae"},
     "models": BASE,
-    "activations": BASE | {"models"},
+    "activations": BASE | {"kernels", "models"},
     "training": BASE | {"kernels", "sae", "objectives", "models", "activations"},
     "evaluation": BASE | {"sae", "models", "activations"},
     "dashboard": BASE | {"sae", "models", "activations", "evaluation"},
-    "synthetic": BASE | {"kernels", "sae", "objectives", "activations", "training", "evaluation"},
+    "synthetic": BASE | {"_late", "kernels", "sae", "objectives", "activations", "training", "evaluation"},
+    "hub": BASE | {"_mapped", "sae", "evaluation", "synthetic"},
 }
 BELOW["__init__"] = set(BELOW)
 BELOW["cli"] = set(BELOW)

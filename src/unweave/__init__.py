@@ -11,12 +11,14 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from unweave import _late
+
 __version__ = "0.1.0"
 
 _HOMES = {
     "unweave.sae": (
-        "SAE", "SparseCodes", "Activation", "register_activation", "ReLU", "TanhReLU", "TopK", "AbsTopK", "GroupMax",
-        "BatchTopK", "JumpReLU", "Gated", "MatchingPursuit", "OrthogonalMatchingPursuit", "TiedDictionary",
+        "SAE", "SparseCodes", "Activation", "register_activation", "ReLU", "TanhReLU", "TopK", "AbsTopK", "RawTopK",
+        "GroupMax", "BatchTopK", "JumpReLU", "Gated", "MatchingPursuit", "OrthogonalMatchingPursuit", "TiedDictionary",
         "ArchetypalDictionary", "Temporal", "TemporalSAE", "Transcoder", "Crosscoder", "CrossLayerTranscoder",
         "Normalization", "fold_normalization",
     ),
@@ -27,12 +29,17 @@ _HOMES = {
     ),
     "unweave.training": (
         "SAEConfig", "TrainConfig", "L0Controller", "Resampling", "train", "train_on", "train_end_to_end", "finetune",
-        "recipes",
+        "recipes", "Plan", "plan",
     ),
-    "unweave.activations": ("DataConfig", "MaskConfig"),
-    "unweave.models": ("load_model", "capture", "splice", "resolve_hooks"),
+    "unweave.activations": ("DataConfig", "ImageConfig", "ImageRows", "MaskConfig"),
+    "unweave.activations.cache": (
+        "cache", "open_cache", "OrderedBatches", "Selection", "Store", "StoreBatches", "shuffle_quality",
+    ),
+    "unweave.activations.tokenized.tokenize": ("tokenize",),
+    "unweave.models": ("load_model", "capture", "splice", "resolve_hooks", "VisionLayout"),
     "unweave.evaluation": ("evaluate", "Report"),
-    "unweave.dashboard": ("dashboard",),
+    "unweave.dashboard": ("dashboard", "image_dashboard"),
+    "unweave.hub": ("releases", "sae_info"),
     "unweave._errors": ("UnweaveError",),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -40,23 +47,36 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 # Type checkers, editors and `import *` read these two lists; a test holds them equal to the table above.
 __all__ = [
     "L0", "L1", "SAE", "AbsTopK", "Activation", "ArchetypalDictionary", "AuxK", "BatchTopK", "Contrastive",
-    "CrossLayerTranscoder", "Crosscoder", "DataConfig", "EndToEnd", "Frequency", "Gated", "GhostGradients",
-    "GroupMax", "JumpReLU", "KSchedule", "L0Controller", "Lp", "MaskConfig", "MatchingPursuit", "Matryoshka",
-    "MultiTopK", "Normalization", "OrthogonalMatchingPursuit", "PAnneal", "Penalty", "PreActivation", "QuadraticL0",
-    "RandomMatryoshka", "ReLU", "Reanimation", "Report", "Resampling", "SAEConfig", "Schedule", "SparseCodes",
-    "Tanh", "TanhReLU", "TargetL0", "Temporal", "TemporalSAE", "TiedDictionary", "TopK", "TrainConfig",
-    "Transcoder", "UnweaveError", "capture", "dashboard", "evaluate", "finetune", "fold_normalization",
-    "load_model", "recipes", "register_activation", "register_penalty", "resolve_hooks", "splice", "train",
-    "train_end_to_end", "train_on",
+    "CrossLayerTranscoder", "Crosscoder", "DataConfig", "EndToEnd", "Frequency", "Gated", "GhostGradients", "GroupMax",
+    "ImageConfig", "ImageRows", "JumpReLU", "KSchedule", "L0Controller", "Lp", "MaskConfig", "MatchingPursuit",
+    "Matryoshka", "MultiTopK", "Normalization", "OrderedBatches", "OrthogonalMatchingPursuit", "PAnneal", "Penalty",
+    "Plan", "PreActivation", "QuadraticL0", "RandomMatryoshka", "RawTopK", "ReLU", "Reanimation", "Report",
+    "Resampling",
+    "SAEConfig", "Schedule", "Selection", "SparseCodes", "Store", "StoreBatches", "Tanh", "TanhReLU", "TargetL0",
+    "Temporal", "TemporalSAE", "TiedDictionary", "TopK", "TrainConfig", "Transcoder", "UnweaveError", "VisionLayout",
+    "cache", "capture", "dashboard", "evaluate", "finetune", "fold_normalization", "image_dashboard", "load_model",
+    "open_cache", "plan", "recipes", "register_activation", "register_penalty", "releases", "resolve_hooks",
+    "sae_info", "shuffle_quality", "splice", "tokenize", "train", "train_end_to_end", "train_on",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from unweave._errors import UnweaveError
-    from unweave.activations import DataConfig, MaskConfig
-    from unweave.dashboard import dashboard
+    from unweave.activations import DataConfig, ImageConfig, ImageRows, MaskConfig
+    from unweave.activations.cache import (
+        OrderedBatches,
+        Selection,
+        Store,
+        StoreBatches,
+        cache,
+        open_cache,
+        shuffle_quality,
+    )
+    from unweave.activations.tokenized.tokenize import tokenize
+    from unweave.dashboard import dashboard, image_dashboard
     from unweave.evaluation import Report
     from unweave.evaluation.evaluate import evaluate
-    from unweave.models import capture, load_model, resolve_hooks, splice
+    from unweave.hub import releases, sae_info
+    from unweave.models import VisionLayout, capture, load_model, resolve_hooks, splice
     from unweave.objectives import (
         L0,
         L1,
@@ -94,6 +114,7 @@ if TYPE_CHECKING:
         MatchingPursuit,
         Normalization,
         OrthogonalMatchingPursuit,
+        RawTopK,
         ReLU,
         SparseCodes,
         TanhReLU,
@@ -105,10 +126,15 @@ if TYPE_CHECKING:
         fold_normalization,
         register_activation,
     )
-    from unweave.training import L0Controller, Resampling, SAEConfig, TrainConfig, recipes, train_end_to_end
+    from unweave.training import L0Controller, Plan, Resampling, SAEConfig, TrainConfig, recipes, train_end_to_end
     from unweave.training.finetune import finetune
+    from unweave.training.plan import plan
     from unweave.training.train import train
     from unweave.training.train_on import train_on
+
+
+for _name in ("read_sae", "from_pretrained", "push_to_hub", "pull"):
+    _late.register(_name, "unweave.hub")
 
 
 def __getattr__(name: str) -> Any:

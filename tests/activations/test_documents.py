@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import pytest
 import torch
 
 from unweave._errors import UnweaveError
-from unweave.activations import documents as documents_module
+from unweave.activations import reader as reader_module
 from unweave.activations import sources
 from unweave.activations.config import DataConfig
-from unweave.activations.documents import DocumentReader, open_documents
+from unweave.activations.documents import open_documents
+from unweave.activations.reader import DocumentReader
 from unweave.activations.records import Document
 from unweave.activations.sources import cut_text
 from unweave.activations.split import is_held_out
@@ -247,13 +249,13 @@ def binary(folder: Path, name: str) -> Path:
         (lambda f: f, {"column": "x"}, "holds no text"),
         (lambda f: (f / "wiki.txt").rename(f / "wiki.doc").parent, {}, "holds no .txt, .jsonl, .parquet, .npy file"),
         (lambda f: (f / "wiki.txt").rename(f / "wiki.doc"), {}, "none of the kinds of files"),
-        (bad_jsonl, {}, "bad.jsonl, line 3, is not valid JSON"),
-        (lambda f: a_jsonl(f, {"text": "x"}, {"text": 3}), {}, "a.jsonl, line 2, holds a value of type int"),
+        (bad_jsonl, {"max_bad": 0}, "bad.jsonl, line 3, is not valid JSON"),
+        (lambda f: a_jsonl(f, {"text": "x"}, {"text": 3}), {"max_bad": 0}, "a.jsonl, line 2, holds a value of type"),
         (lambda f: a_jsonl(f, {"text": None}), {}, "a.jsonl, line 1, holds nothing"),
         (lambda f: a_jsonl(f, {"txt": "x"}), {}, "no column known to hold text; set column to one of 'txt'"),
         (lambda f: a_jsonl(f, {"text": "x"}), {"column": "txet"}, "no column 'txet'; did you mean 'text'"),
         (lambda f: a_jsonl(f, {"text": "x"}), {"column": "q"}, "no column 'q'; there are 'text'"),
-        (lambda f: binary(f, "b.txt"), {}, r"b.txt is not UTF-8 text \(byte 4\)"),
+        (lambda f: binary(f, "b.txt"), {"max_bad": 0}, r"b.txt, line 2, is not UTF-8 text \(byte 4\)"),
         (lambda f: binary(f, "b.parquet"), {}, "b.parquet is no readable Parquet file"),
         (lambda f: binary(f, "b.npy"), {}, "b.npy is no readable .npy file"),
         (lambda f: [], {}, "holds no text"),
@@ -288,7 +290,7 @@ def test_arrays_and_text_are_not_mixed(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents_module, "WINDOW_DOCUMENTS", 10)
+    monkeypatch.setattr(reader_module, "WINDOW_DOCUMENTS", 10)
     monkeypatch.setattr(sources, "PART_ROWS", 3)
 
 
@@ -310,7 +312,7 @@ def test_documents_travel_far() -> None:
 
 
 def test_the_window_is_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents_module, "WINDOW_BYTES", 100)
+    monkeypatch.setattr(reader_module, "WINDOW_BYTES", 100)
     taken: list[str] = []
 
     class Watched:
@@ -345,7 +347,7 @@ def test_a_reader_resumes_anywhere(consumed: int, held_out: float) -> None:
 def test_pitfall_180_resuming_reads_one_window_and_nothing_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents_module, "WINDOW_DOCUMENTS", 10)
+    monkeypatch.setattr(reader_module, "WINDOW_DOCUMENTS", 10)
     monkeypatch.setattr(sources, "PART_BYTES", 100)
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"{i:04d}"} for i in range(400)])
     source = open_documents(path, EVERYTHING)
@@ -354,7 +356,7 @@ def test_pitfall_180_resuming_reads_one_window_and_nothing_before_it(
         next(reader)
     resumed = DocumentReader(source, EVERYTHING, held_out=False)
     lines = []
-    monkeypatch.setattr(sources, "as_document", lambda *args: lines.append(args) or args[0])
+    monkeypatch.setattr(sources, "document_or_reason", lambda *args: lines.append(args) or args[0])
     resumed.load_state_dict(reader.state_dict())
     assert next(resumed) == next(reader)
     assert len(lines) == 10
@@ -419,3 +421,61 @@ def test_a_changed_data_set_has_another_fingerprint(tmp_path: Path) -> None:
     assert before == open_documents(path, EVERYTHING).fingerprint
     write_jsonl(path, [{"text": "one"}, {"text": "two"}])
     assert open_documents(path, EVERYTHING).fingerprint != before
+
+
+# --- what cannot be read ---------------------------------------------------------------------------------------------
+
+
+def with_bad_lines(path: Path, *bad: int) -> Path:
+    """60 records, and lines that are no JSON at some places."""
+    records = [json.dumps({"text": f"record {i}"}) for i in range(60)]
+    for i in bad:
+        records[i] = "{oops"
+    path.write_text("\n".join(records))
+    return path
+
+
+def test_lines_that_cannot_be_read_are_left_out_named_and_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_module, "WINDOW_DOCUMENTS", 10)
+    config = DataConfig(held_out=0.0, max_bad=2)
+    path = with_bad_lines(tmp_path / "a.jsonl", 17, 41)
+    reader = DocumentReader(open_documents(path, config), config, held_out=False)
+    with pytest.warns(UserWarning, match=r"left out: .*a\.jsonl, line (18|42), is not valid JSON") as warned:
+        first = list(reader)
+    assert sorted(first) == sorted(f"record {i}" for i in range(60) if i not in (17, 41))
+    assert len(warned) == len(reader.skipped) == 2
+    reader.start_epoch(1)
+    assert sorted(reader) == sorted(first)  # type: ignore[type-var]
+    assert len(reader.skipped) == 2
+
+
+def test_more_of_them_than_allowed_are_an_error(tmp_path: Path) -> None:
+    path = with_bad_lines(tmp_path / "a.jsonl", 3, 5, 59)
+    config = DataConfig(held_out=0.0, max_bad=2)
+    reader = DocumentReader(open_documents(path, config), config, held_out=False)
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(UnweaveError, match=r"line 60, is not valid JSON .*\(max_bad=2 others were left out\)\.$"),
+    ):
+        list(reader)
+
+
+def test_what_was_left_out_is_remembered_when_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader_module, "WINDOW_DOCUMENTS", 10)
+    path = with_bad_lines(tmp_path / "a.jsonl", 2, 33)
+    config = DataConfig(held_out=0.0, max_bad=2)
+    source = open_documents(path, config)
+    reader = DocumentReader(source, config, held_out=False)
+    with pytest.warns(UserWarning, match="left out"):
+        whole = list(reader)
+    for taken in (0, 5, 35, 57):
+        half, rest = (DocumentReader(source, config, held_out=False) for _ in range(2))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            got = [next(half) for _ in range(taken)]
+            rest.load_state_dict(json.loads(json.dumps(half.state_dict())))
+            got += list(rest)
+        assert got == whole
+        assert sorted(rest.skipped) == sorted(reader.skipped)

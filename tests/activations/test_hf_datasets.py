@@ -12,7 +12,8 @@ import pytest
 from unweave._errors import UnweaveError
 from unweave.activations import hf_datasets
 from unweave.activations.config import DataConfig
-from unweave.activations.documents import DocumentReader, open_documents
+from unweave.activations.documents import open_documents
+from unweave.activations.reader import DocumentReader
 
 TEXTS = [f"document number {i}" for i in range(40)]
 EVERYTHING = DataConfig(held_out=0)

@@ -97,7 +97,8 @@ def test_activations_that_are_not_finite(model: LoadedModel, hooks: list[Hook], 
     stream = stream_of(model, hooks)
     next(stream)
     speller.special = dict.fromkeys(range(256), value)
-    with pytest.raises(UnweaveError, match=r"activations at hook h\.1 are NaN or infinite in pass 2\."):
+    where = r"\(document 1, position 0\)\."
+    with pytest.raises(UnweaveError, match=r"activations at hook h\.1 are NaN or infinite in pass 2 " + where):
         next(stream)
 
 
@@ -133,7 +134,7 @@ def test_masks_that_leave_nothing(model: LoadedModel, hooks: list[Hook]) -> None
     rows = TokenRows(TEXTS, model.tokenizer, DataConfig(context=8, held_out=0), held_out=False, repeat=True)
     with pytest.raises(UnweaveError, match="the masks left no token in 64 passes"):
         next(stream := ActivationStream(model, hooks, rows, MaskConfig(token_ids=tuple(range(256)))))
-    with pytest.raises(UnweaveError, match="the masks leave none of the 256 tokens of a pass"):
+    with pytest.raises(UnweaveError, match="the masks leave none of the 4096 tokens of a pass"):
         stream.measure()
 
 
@@ -196,3 +197,39 @@ def test_a_resumed_stream_goes_on_alike(model: LoadedModel, hooks: list[Hook], s
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert resumed.report == stream.report
     assert resumed.passes == stream.passes
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(10**9, 4096 // 8), (8 * 6 * 4 * 10, 10), (1, 1)])
+def test_the_rows_of_a_pass_are_chosen_by_the_widest_tensor(
+    model: LoadedModel, hooks: list[Hook], monkeypatch: pytest.MonkeyPatch, limit: int, expected: int
+) -> None:
+    monkeypatch.setattr("unweave.activations.live._CPU_BYTES", limit)
+    rows = TokenRows(TEXTS, model.tokenizer, DataConfig(context=8), held_out=False, repeat=True)
+    stream = ActivationStream(model, hooks, rows)
+    assert stream.prompts_per_pass is None
+    next(stream)
+    assert stream.prompts_per_pass == expected
+    assert stream.report.seen == 8 * expected
+
+
+def test_a_saved_state_keeps_the_choice_and_the_type(
+    model: LoadedModel, hooks: list[Hook], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make() -> ActivationStream:
+        rows = TokenRows(TEXTS, model.tokenizer, DataConfig(context=8), held_out=False, repeat=True)
+        return ActivationStream(model, hooks, rows, dtype=torch.bfloat16 if first is None else None)
+
+    first: ActivationStream | None = None
+    first = make()
+    next(first)
+    assert first.model is not first.given
+    state = first.state_dict()
+    expected = next(first)
+    monkeypatch.setattr("unweave.activations.live._CPU_TOKENS", 16)
+    resumed = make()
+    resumed.load_state_dict(state)
+    got = next(resumed)
+    assert all(torch.equal(got[name], x) for name, x in expected.items())
+    assert resumed.model.module.embedding.weight.dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert model.module.embedding.weight.dtype == torch.float32  # type: ignore[union-attr]
+    assert resumed.prompts_per_pass == first.prompts_per_pass

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unweave.activations.ring import ShuffleRing
+from unweave.activations.ring import ShuffleRing, _draw
 
 
 def ring_of(capacity: int, seed: int = 0) -> ShuffleRing:
@@ -118,3 +118,15 @@ def test_misuse() -> None:
         ring.put({"c": torch.zeros(1, 3)})
     with pytest.raises(ValueError, match="cannot take 4 of 3"):
         ring.take(4)
+
+
+def test_a_small_draw_from_a_large_ring_is_uniform_and_without_repetition() -> None:
+    generator, counts, first = torch.Generator().manual_seed(0), torch.zeros(16), torch.zeros(16)
+    for _ in range(4000):
+        drawn = _draw(4, 16, generator)
+        assert len(set(drawn.tolist())) == 4
+        counts[drawn] += 1
+        first[drawn[0]] += 1
+    assert (counts / 4000 - 4 / 16).abs().max() < 0.03
+    assert (first / 4000 - 1 / 16).abs().max() < 0.015
+    assert len(_draw(0, 16, generator)) == 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,6 +18,25 @@ if TYPE_CHECKING:
 
 D, D_SAE, HOOK = 16, 48, "transformer.h.0"
 HOSTILE = ["<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>", "\u2028x\u2029", "<!--", "\u202eflip"]
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update",
+    "--disable-sync", "--enable-logging=stderr", "--v=0", "--virtual-time-budget=2000",
+)  # fmt: skip
+
+
+@pytest.fixture
+def browse(chromium: Path, tmp_path: Path) -> Callable[..., str]:
+    """Open an address and return the DOM; what the page complains about on the console fails the test."""
+
+    def browse(url: str, *flags: str, size: str = "1280,900") -> str:
+        own = (f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={size}")
+        command = [str(chromium), *FLAGS, *own, *flags, "--dump-dom", url]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True, encoding="utf-8")
+        assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        return done.stdout
+
+    return browse
 
 
 @pytest.fixture(scope="session")

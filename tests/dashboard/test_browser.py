@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,27 +17,7 @@ from unweave.sae import SAE
 
 pytestmark = pytest.mark.browser
 
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update",
-    "--disable-sync", "--enable-logging=stderr", "--v=0", "--virtual-time-budget=2000",
-)  # fmt: skip
-
 Browse = Callable[..., str]
-
-
-@pytest.fixture
-def browse(chromium: Path, tmp_path: Path) -> Browse:
-    """Open an address and return the DOM; what the page complains about on the console fails the test."""
-
-    def browse(url: str, *flags: str, size: str = "1280,900") -> str:
-        own = (f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={size}")
-        command = [str(chromium), *FLAGS, *own, *flags, "--dump-dom", url]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True, encoding="utf-8")
-        assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-        return done.stdout
-
-    return browse
 
 
 @pytest.fixture

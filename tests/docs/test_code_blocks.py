@@ -2,7 +2,8 @@
 
 Each page in an empty folder of its own, from top to bottom: its ```python blocks share one namespace, each line of its
 ```bash blocks is an `unweave` command that must succeed, and a ```toml block is the file that its first line names.
-What cannot run in a test (installing, minutes of demo, what needs the network) stands in ```sh blocks.
+What cannot run in a test (installing, minutes of demo, what needs the network) stands in ```sh blocks. Pages about the
+Hub have one on localhost, which holds what they load (`seed_hub`), and "wiki.txt" stands for a text of the reader's.
 """
 
 from __future__ import annotations
@@ -12,12 +13,18 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics as python_topics
 from typing import Any, NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+HUB_PAGES = ("pretrained", "sharing")
+HUB_SAES = {
+    "jbloom/GPT2-Small-SAEs-Reformatted": ["blocks.8.hook_resid_pre"],
+    "somebody/saes": ["blocks.1.hook_resid_post"],
+}
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -40,11 +47,29 @@ def run_command(line: str) -> None:
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 
 
+def seed_hub(hub: Any, folder: Path) -> None:
+    """Small stand-ins for what the pages load."""
+    from unweave import SAE, TopK
+
+    for repo, ids in HUB_SAES.items():
+        files = {}
+        for id in ids:
+            where = SAE(224, 64, TopK(4), metadata={"hook_name": id, "model_name": "demo"}).save(folder / repo / id)
+            files |= {f"{id}/{path.name}": path.read_bytes() for path in where.iterdir()}
+        hub.add(repo, files)
+        hub.repos["model", repo].tags["v1.0"] = hub.repos["model", repo].branches["main"]
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", [p for p in PAGES if any(b.language in ("python", "bash") for b in blocks(p))],
                          ids=lambda p: p.stem)  # fmt: skip
-def test_what_the_page_shows_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_page_shows_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if page.stem in HUB_PAGES:
+        seed_hub(request.getfixturevalue("hub"), tmp_path / "published")
     monkeypatch.chdir(tmp_path)
+    Path("wiki.txt").write_text("\n\n".join(python_topics.values())[:300_000], encoding="utf-8")
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(page):
         if block.language == "python":

@@ -14,10 +14,11 @@ from unweave._errors import UnweaveError
 from unweave.activations import DataConfig, MaskConfig, TokenRows
 from unweave.evaluation import ReconstructionSums, evaluate
 from unweave.evaluation import metrics as m
-from unweave.models import Hook, LoadedModel, capture
-from unweave.sae import SAE, BatchTopK, ReLU, fold_input_scale
+from unweave.models import Hook, LoadedModel, capture, resolve_hooks
+from unweave.sae import SAE, BatchTopK, ReLU, Temporal, TemporalSAE, TopK, fold_input_scale
 
 BOS, PAD = 0, 1
+HOOK = "transformer.h.0"
 CONFIG = DataConfig(context=16, held_out=0.3)
 
 
@@ -289,3 +290,23 @@ def test_activations_that_are_not_finite(gpt2, sae, batches):
     module.transformer.h[0].mlp.c_proj.bias.data[3] = torch.nan
     with pytest.raises(UnweaveError, match=r"'transformer.h.0' are NaN or infinite in pass 1"):
         evaluate(sae, model=LoadedModel(module, gpt2.tokenizer, "tiny"), data=batches)
+
+
+def test_a_temporal_sae_reads_whole_rows(gpt2, batches):
+    """Masked tokens and padding are read, as they are in training, but do not count."""
+    (batch,) = batches
+    settings = Temporal(context=batch.ids.shape[1], n_heads=2, bottleneck=4)
+    sae = TemporalSAE(
+        16, 48, TopK(4), settings, metadata={"hf_hook_name": HOOK, "model_name": "tiny"},
+        generator=torch.Generator().manual_seed(3),
+    ).requires_grad_(False)  # fmt: skip
+    report = evaluate(sae, model=gpt2, data=batches, batch_prompts=7)
+    hook = resolve_hooks(gpt2.module, [HOOK])
+    x = capture(gpt2.module, hook, input_ids=batch.ids, attention_mask=batch.real.long())[str(hook[0])]
+    mask = batch.real.clone()
+    mask[:, 0] = False  # BOS
+    y, y_hat = x[mask].double(), sae(x)[mask].double()
+    expected = 1 - (y - y_hat).square().sum() / (y - y.mean(0)).square().sum()
+    assert report.metrics["reconstruction/explained_variance"] == pytest.approx(expected.item(), rel=1e-4)
+    l0 = sae.encode_sparse(x).l0()[mask.flatten()].float().mean()
+    assert report.metrics["sparsity/l0"] == pytest.approx(l0.item())

@@ -122,5 +122,5 @@ def test_the_table_fits_a_terminal(report):
 
 def test_the_table_of_what_is_unknown(without_behaviour):
     lines = str(without_behaviour).splitlines()
-    assert next(line for line in lines if "loss recovered" in line).split()[2] == "–"
+    assert not any("loss recovered" in line for line in lines)
     assert any("Note: no metrics of behaviour" in line for line in lines)

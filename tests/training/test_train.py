@@ -223,7 +223,7 @@ def test_plan_matches_what_is_allocated(config, tiny_model):
     session = prepare(config, tiny_model)
     before = session.rows.state_dict()
     plan = session.plan()
-    assert plan.ring_bytes == 2 * 1024 * 16 * 4
+    assert plan.buffer("ring") == 2 * 1024 * 16 * 4
     assert plan.steps == 40
     assert torch.equal(before["ids"], session.rows.state_dict()["ids"]) or before["ids"].numel() == 0
     assert "5,000 tokens in 40 steps" in str(plan)

@@ -66,11 +66,14 @@ class ShuffledBatches(Iterator[dict[str, Tensor]]):
         self._fill()
         return self.ring.peek(n)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The stream's position, the ring's contents, and the rows that wait to enter it."""
-        waiting = {name: x.clone() for name, x in self._waiting.items()}
-        parts = {"stream": self.stream.state_dict(), "ring": self.ring.state_dict()}
-        return parts | {"waiting": waiting, "ended": self._ended}
+    def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
+        """The stream's position, the ring's contents, and the rows that wait to enter it.
+
+        Args:
+            copy: Whether the ring's contents are a copy. If not, write them down before the next batch.
+        """
+        parts = {"stream": self.stream.state_dict(), "ring": self.ring.state_dict(copy=copy)}
+        return parts | {"waiting": dict(self._waiting), "ended": self._ended}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was saved."""

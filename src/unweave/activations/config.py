@@ -36,6 +36,8 @@ class DataConfig:
     """Read a Hugging Face dataset over the network as it is needed, instead of downloading it first."""
     held_out: float = DEFAULT_HELD_OUT
     """Part of the documents kept from training. Which ones depends on their content, not on `seed`."""
+    max_bad: int = 100
+    """Documents that may be left out because they cannot be read, such as a line that is no JSON; each is named."""
     seed: int = 0
     """Seed of the order of the documents."""
 
@@ -44,7 +46,7 @@ class DataConfig:
             raise UnweaveError(f"context={self.context}: a row needs at least 2 tokens.")
         if not 0 <= self.held_out < 1:
             raise UnweaveError(f"held_out={self.held_out} is no fraction in [0, 1).")
-        if self.seed < 0:
-            raise UnweaveError(f"seed={self.seed} is negative.")
+        if self.seed < 0 or self.max_bad < 0:
+            raise UnweaveError(f"seed={self.seed} and max_bad={self.max_bad} must not be negative.")
         if self.separator is not None and not self.pack:
             raise UnweaveError(f"separator={self.separator!r} stands between packed documents, but pack is False.")

@@ -1,17 +1,11 @@
-"""Documents in a seeded order, from whatever holds them, without ever holding all of them.
-
-`open_documents` turns files, folders, lists, arrays, iterables and Hugging Face datasets into `Documents`: a list of
-parts that can be read again and again. `DocumentReader` reads one epoch: the parts in a random order, and their
-documents shuffled within windows of 8192 documents or 64 MB. The order is a function of the seed and the epoch alone.
-A reader's position is the place where its window begins and the number of documents taken from it, so resuming
-reads one window again, whatever came before.
-"""
+"""From whatever holds documents to a list of parts that can be read again and again, in any order."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,8 +16,9 @@ from torch import Tensor
 from unweave._errors import UnweaveError, nearest
 from unweave.activations.config import DataConfig
 from unweave.activations.hf_datasets import dataset_parts, is_hf_dataset, is_saved_dataset, load_by_name, load_saved
-from unweave.activations.records import Document, content_of, size_of
+from unweave.activations.records import Document, Unreadable
 from unweave.activations.sources import (
+    PART_ROWS,
     Part,
     array_parts,
     iterable_part,
@@ -33,11 +28,11 @@ from unweave.activations.sources import (
     sequence_parts,
     text_parts,
 )
-from unweave.activations.split import held_out_cutoff, held_out_score
 from unweave.activations.stdlib_text import standard_library_text
+from unweave.activations.tokenized.folder import TokenFolder, open_token_folder
+from unweave.activations.tokenized.format import SIDES, find_token_folder
+from unweave.activations.tokenized.vocabulary import tokenizer_of_folder, tokenizer_of_hub
 
-WINDOW_DOCUMENTS = 8192
-WINDOW_BYTES = 64 << 20
 _PEEKED = 64
 _SUFFIXES = (".txt", ".jsonl", ".parquet", ".npy")
 
@@ -53,6 +48,10 @@ class Documents:
     parts: list[Part] = field(repr=False)
     rows: bool
     """The documents are rows of token ids of equal width, at least `context`: they are used as they stand."""
+    folder: TokenFolder | None = None
+    """The token folder that the rows lie in, if it is one: they keep its documents and its held-out side."""
+    made_with: dict[str, Any] | None = None
+    """The "name" and the "fingerprint" of the tokenizer that made the token ids, as far as that was recorded."""
 
     @property
     def fingerprint(self) -> str:
@@ -68,6 +67,8 @@ def open_documents(data: Data, config: DataConfig) -> Documents:
 
             - a path to a `.txt`, `.jsonl`, `.parquet` or `.npy` file, or to a folder of them (sub-folders included,
               other files ignored), or to a folder written by `Dataset.save_to_disk`;
+            - a path to a token folder (`unweave tokenize`), or to a cache, which holds one;
+            - a list of such paths, as `Path` objects, of text or of arrays;
             - `"stdlib"`: the text that every Python carries; any other name: a dataset of the Hugging Face hub;
             - a 2-D integer array or tensor of token ids `(rows, width)`, or a 1-D one, which is cut into rows;
             - a `datasets` object;
@@ -77,44 +78,88 @@ def open_documents(data: Data, config: DataConfig) -> Documents:
             A `.txt` file is cut at blank lines into documents of at least 2000 characters; in a folder of several
             files, each one of up to 1 MB is one document. Token ids in a column are used as rows if they are all of
             one width and at least `context` long, and are packed like text otherwise.
-        config: Column, subset, split, streaming, chat and context.
+        config: Column, subset, split, streaming, chat and context; and `max_bad`: unless it is 0, documents that cannot
+            be read are no matter yet, except where none of the first ones can.
 
     Raises:
         UnweaveError: Nothing there, nothing in it, or not what `config` says.
     """
     if isinstance(data, Documents):
         return data
-    name, parts, arrays = _parts(data, config)
-    first = list(islice(chain.from_iterable(part.read(0) for part in parts), _PEEKED))
-    if len(first) < _PEEKED and not any(len(document) for document in first):
-        raise UnweaveError(f"{name} holds no text.")
-    widths = {len(document) if isinstance(document, np.ndarray) else 0 for document in first}
-    return Documents(name, parts, rows=arrays or (len(widths) == 1 and widths.pop() >= config.context))
+    found = _find(data, config)
+    if found.folder is not None:
+        return found
+    first = list(islice(chain.from_iterable(part.read(0) for part in found.parts), _PEEKED))
+    reasons = [document.reason for document in first if isinstance(document, Unreadable)]
+    if reasons and (len(reasons) == len(first) or not config.max_bad):
+        raise UnweaveError(reasons[0])
+    documents = [document for document in first if not isinstance(document, Unreadable)]
+    if len(first) < _PEEKED and not any(map(len, documents)):
+        raise UnweaveError(f"{found.name} holds no text.")
+    widths = {len(document) if isinstance(document, np.ndarray) else 0 for document in documents}
+    return replace(found, rows=found.rows or (len(widths) == 1 and widths.pop() >= config.context))
 
 
-def _parts(data: Any, config: DataConfig) -> tuple[str, list[Part], bool]:
-    """Name, parts, and whether they are arrays of rows."""
+def _find(data: Any, config: DataConfig) -> Documents:
+    """The data unread; `rows` if they are arrays."""
     if isinstance(data, Tensor):
         data = data.detach().cpu().numpy()
     if isinstance(data, np.ndarray):
-        return "the array", array_parts(data, "the array", config), True
+        return Documents("the array", array_parts(data, "the array", config), rows=True)
     if isinstance(data, str) and data == "stdlib":
-        return data, [iterable_part(_StandardLibrary(), config)], False
+        return Documents(data, [iterable_part(_StandardLibrary(), config)], rows=False)
     if isinstance(data, str | Path):
         path = Path(data).expanduser()
+        if path.is_dir() and (folder := find_token_folder(path)):
+            return _rows_of(open_token_folder(folder), config)
         if path.is_dir() and is_saved_dataset(path):
-            return str(data), dataset_parts(load_saved(path), str(data), config), False
+            parts = dataset_parts(load_saved(path), str(data), config)
+            return Documents(str(data), parts, rows=False, made_with=tokenizer_of_folder(path))
         if path.exists():
-            return _file_parts(path, config)
+            return _files(path, config)
         _refuse_missing_path(data, path)
-        return str(data), dataset_parts(load_by_name(str(data), config), str(data), config), False
+        name = str(data)
+        parts = dataset_parts(load_by_name(name, config), name, config)
+        return Documents(name, parts, rows=False, made_with=tokenizer_of_hub(name))
     if is_hf_dataset(data):
-        return "the dataset", dataset_parts(data, "the dataset", config), False
+        return Documents("the dataset", dataset_parts(data, "the dataset", config), rows=False)
+    if isinstance(data, Sequence) and len(data) and all(isinstance(path, Path) for path in data):
+        return _together([_find(path, config) for path in data])
     if isinstance(data, Sequence):
-        return "the list of documents", sequence_parts(data, config), False
+        return Documents("the list of documents", sequence_parts(data, config), rows=False)
     if isinstance(data, Iterable):
-        return "the iterable of documents", [iterable_part(data, config)], False
+        return Documents("the iterable of documents", [iterable_part(data, config)], rows=False)
     raise UnweaveError(f"data of type {type(data).__name__} is no path, name, array or iterable of documents.")
+
+
+def _rows_of(folder: TokenFolder, config: DataConfig) -> Documents:
+    if folder.context < config.context:
+        raise UnweaveError(f"{folder.path} has rows of {folder.context} tokens, shorter than context={config.context}.")
+    parts = [Part(f"token folder {folder.fingerprint}", partial(_read_folder, folder))]
+    return Documents(str(folder.path), parts, True, folder, folder.manifest.get("tokenizer"))
+
+
+def _read_folder(folder: TokenFolder, skip: int) -> Iterator[Document]:
+    """All rows, the training ones first."""
+    for side in SIDES:
+        for start in range(skip, folder.n_rows(side), PART_ROWS):
+            yield from folder.rows(side, start, start + PART_ROWS)[0]
+        skip = max(skip - folder.n_rows(side), 0)
+
+
+def _together(found: list[Documents]) -> Documents:
+    """Several data sets as one, in the order given."""
+    if len(found) == 1:
+        return found[0]
+    name = ", ".join(each.name for each in found)
+    if any(each.folder for each in found):
+        raise UnweaveError(f"of {name}, a token folder or cache cannot be read together with other data.")
+    if len({each.rows for each in found}) > 1:
+        raise UnweaveError(f"{name} mix .npy rows of tokens with text: give one kind of data.")
+    if any(each.made_with != found[0].made_with for each in found):
+        raise UnweaveError(f"{name} hold token ids of several tokenizers, or of unknown ones.")
+    parts = [Part(f"{i}: {part.key}", part.read) for i, each in enumerate(found) for part in each.parts]
+    return Documents(name, parts, found[0].rows, None, found[0].made_with)
 
 
 class _StandardLibrary:
@@ -122,7 +167,7 @@ class _StandardLibrary:
         return standard_library_text()
 
 
-def _file_parts(path: Path, config: DataConfig) -> tuple[str, list[Part], bool]:
+def _files(path: Path, config: DataConfig) -> Documents:
     files = [path]
     if path.is_dir():
         found = (file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
@@ -146,7 +191,8 @@ def _file_parts(path: Path, config: DataConfig) -> tuple[str, list[Part], bool]:
                 parts += parquet_parts(file, key, config)
             case ".npy":
                 parts += array_parts(load_npy(file), key, config)
-    return str(path), parts, arrays.pop()
+    made_with = tokenizer_of_folder(path) if path.is_dir() else None
+    return Documents(str(path), parts, arrays.pop(), made_with=made_with)
 
 
 def _refuse_missing_path(data: str | Path, path: Path) -> None:
@@ -156,92 +202,3 @@ def _refuse_missing_path(data: str | Path, path: Path) -> None:
     if is_path or written.count("/") > 1:
         near = nearest(path.name, (file.name for file in path.parent.iterdir())) if path.parent.is_dir() else ""
         raise UnweaveError(f"there is no file or folder {written}{near or '.'}")
-
-
-class DocumentReader:
-    """Iterator over the documents of one side of the held-out split, in the order of one epoch.
-
-    Args:
-        documents: What to read.
-        config: `seed` decides the order, `held_out` the split.
-        held_out: Which side to read.
-    """
-
-    epoch: int
-
-    def __init__(self, documents: Documents, config: DataConfig, *, held_out: bool) -> None:
-        self._documents, self._seed = documents, config.seed
-        self._fraction, self._held_out = config.held_out, held_out
-        self._cutoff: float | None = None
-        self.start_epoch(0)
-
-    def start_epoch(self, epoch: int) -> None:
-        """Go to the beginning of an epoch."""
-        self._seek({"epoch": epoch, "part": 0, "skip": 0, "window": -1, "taken": 0, "cutoff": self._cutoff})
-        self._window: list[Document] = []
-
-    def __iter__(self) -> DocumentReader:
-        return self
-
-    def __next__(self) -> Document:
-        while self._taken >= len(self._window):
-            if not self._load_window():
-                raise StopIteration
-        self._taken += 1
-        return self._window[self._taken - 1]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position, as plain numbers."""
-        part, skip = self._window_start
-        position = {"part": part, "skip": skip, "window": self._window_number, "taken": self._taken}
-        return {"epoch": self.epoch, "cutoff": self._cutoff} | position
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position; reads the window that was open."""
-        self._seek(state)
-        self._window = []
-        if state["window"] >= 0:
-            self._window_number -= 1
-            self._load_window()
-            self._taken = state["taken"]
-
-    def _seek(self, state: dict[str, Any]) -> None:
-        self.epoch, self._cutoff = state["epoch"], state["cutoff"]
-        self._window_start = self._position = (state["part"], state["skip"])
-        self._window_number, self._taken = state["window"], 0
-        order = np.random.default_rng([self._seed, self.epoch, 0]).permutation(len(self._documents.parts))
-        self._stream = self._read(order.tolist(), *self._position)
-
-    def _read(self, order: list[int], first: int, skip: int) -> Iterator[Document]:
-        for i in range(first, len(order)):
-            position = skip if i == first else 0
-            for document in self._documents.parts[order[i]].read(position):
-                position += 1
-                self._position = (i, position)
-                yield document
-
-    def _load_window(self) -> bool:
-        start, window, size, ended = self._position, list[Document](), 0, True
-        for document in self._stream:
-            window.append(document)
-            size += size_of(document)
-            if len(window) >= WINDOW_DOCUMENTS or size >= WINDOW_BYTES:
-                ended = False
-                break
-        if not window:
-            return False
-        self._window_start, self._window_number, self._taken = start, self._window_number + 1, 0
-        if self._fraction:
-            window = self._on_our_side(window, everything=ended and self._window_number == 0)
-        order = np.random.default_rng([self._seed, self.epoch, self._window_number + 1]).permutation(len(window))
-        self._window = [window[i] for i in order]
-        return True
-
-    def _on_our_side(self, window: list[Document], *, everything: bool) -> list[Document]:
-        # The split has a seed of its own, so that runs with other seeds are compared on the same held-out text.
-        scores = [held_out_score(content_of(document)) for document in window]
-        if self._cutoff is None:
-            sizes = map(size_of, window)
-            limit = self._fraction * 2**64
-            self._cutoff = held_out_cutoff(zip(scores, sizes, strict=True), self._fraction) if everything else limit
-        return [d for d, score in zip(window, scores, strict=True) if (score < self._cutoff) == self._held_out]

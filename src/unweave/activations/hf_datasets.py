@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from unweave._errors import UnweaveError, nearest
 from unweave.activations.config import DataConfig
-from unweave.activations.records import Document, as_document, choose_column
+from unweave.activations.records import Document, Unreadable, choose_column, document_or_reason
 from unweave.activations.sources import PART_ROWS, Part
 
 RETRIES = 4
@@ -32,7 +32,18 @@ def load_saved(folder: Path) -> Any:
     return _library(f"reading the saved dataset {folder}").load_from_disk(str(folder))
 
 
-def load_by_name(name: str, config: DataConfig) -> Any:
+class Choice(Protocol):
+    """Which part of a dataset to read."""
+
+    @property
+    def subset(self) -> str | None: ...
+    @property
+    def split(self) -> str: ...
+    @property
+    def streaming(self) -> bool: ...
+
+
+def load_by_name(name: str, config: Choice) -> Any:
     """A dataset of the hub, streamed or downloaded.
 
     Raises:
@@ -43,8 +54,9 @@ def load_by_name(name: str, config: DataConfig) -> Any:
         return datasets.load_dataset(name, config.subset, split=config.split, streaming=config.streaming)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())
+        beside = nearest(name, ["stdlib", "digits", *(path.name for path in Path().iterdir())])
         raise UnweaveError(
-            f"{name!r} is no local file or folder, and the Hugging Face hub does not give it either: {reason}"
+            f"{name!r} is no local file or folder, and the Hugging Face hub does not give it either: {reason}{beside}"
         ) from error
 
 
@@ -65,14 +77,14 @@ def _map_parts(data: Any, name: str, config: DataConfig) -> list[Part]:
     column = choose_column(data.column_names, config, name)
     rows = data.select_columns([column]).with_format(None)
 
-    def read(start: int, skip: int) -> Iterator[Document]:
+    def read(start: int, skip: int) -> Iterator[Document | Unreadable]:
         for i, value in enumerate(rows[start + skip : start + PART_ROWS][column], start + skip):
-            yield as_document(value, config, partial("{}, row {},".format, name, i))
+            yield document_or_reason(value, config, partial("{}, row {},".format, name, i))
 
     return [Part(f"{name}[{start}:{len(rows)}]", partial(read, start)) for start in range(0, len(rows), PART_ROWS)]
 
 
-def _read_shard(shard: Any, name: str, config: DataConfig, skip: int) -> Iterator[Document]:
+def _read_shard(shard: Any, name: str, config: DataConfig, skip: int) -> Iterator[Document | Unreadable]:
     """Networks fail: the stream is opened anew behind the last record it gave, until it fails again and again."""
     column, failures = None, 0
     while True:
@@ -80,7 +92,8 @@ def _read_shard(shard: Any, name: str, config: DataConfig, skip: int) -> Iterato
             for record in shard.skip(skip) if skip else shard:
                 if column is None:
                     column = choose_column(record, config, name)
-                document = as_document(record[column], config, partial("{}, streamed row {},".format, name, skip))
+                where = partial("{}, streamed row {},".format, name, skip)
+                document = document_or_reason(record[column], config, where)
                 skip, failures = skip + 1, 0
                 yield document
             return

@@ -1,10 +1,10 @@
-"""Which tokens an SAE does not see: special tokens, chosen positions, and attention sinks.
+"""Which tokens an SAE does not see: special tokens, kinds of image tokens, chosen positions, and attention sinks.
 
-Tokens are left out by id and by position, and by norm: in many models a few tokens (the first one, some delimiters)
-carry activations tens of times longer than all others, and an SAE that sees them spends its capacity on them. A
-token that is too long at one hook is left out at all hooks, so that rows stay aligned. The median that "too long"
-refers to is that of the first pass, fixed from then on: nothing depends on how the stream is cut into passes later,
-and a resumed run masks alike.
+Tokens are left out by id or kind, by position, and by norm: in many models a few tokens (the first one, some
+delimiters, patches of plain background) carry activations tens of times longer than all others, and an SAE that sees
+them spends its capacity on them. A token that is too long at one hook is left out at all hooks, so that rows stay
+aligned. The median that "too long" refers to is that of the first pass, fixed from then on: nothing depends on how the
+stream is cut into passes later, and a resumed run masks alike.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unweave._errors import UnweaveError
-from unweave.activations.tokens import TokenBatch
+from unweave.activations.rows import Batch
+from unweave.models import TOKEN_KINDS, TokenKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,13 +31,15 @@ class MaskConfig:
     """Which tokens to leave out.
 
     Raises:
-        UnweaveError: A norm multiple that is not positive, or positions that are no slice.
+        UnweaveError: A norm multiple that is not positive, positions that are no slice, or unknown kinds of tokens.
     """
 
     special_tokens: bool = True
     """Leave out the tokenizer's special tokens: BOS, EOS, padding and all others in its `all_special_ids`."""
     token_ids: tuple[int, ...] = ()
     """Further token ids to leave out."""
+    token_kinds: tuple[TokenKind, ...] = ("patch",)
+    """Of images: the kinds of tokens to keep, out of "patch", "cls" and "register"."""
     positions: str | tuple[int, ...] | None = None
     """Positions in the row to keep, as a slice ("1:", "1:128:2") or one by one. None: all."""
     norm_multiple: float | None = 10.0
@@ -44,6 +47,10 @@ class MaskConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", tuple(self.token_ids))
+        kinds: Any = self.token_kinds
+        object.__setattr__(self, "token_kinds", (kinds,) if isinstance(kinds, str) else tuple(kinds))
+        if not self.token_kinds or not set(self.token_kinds) <= set(TOKEN_KINDS):
+            raise UnweaveError(f"token_kinds={self.token_kinds} must be one or more of {', '.join(TOKEN_KINDS)}.")
         if not isinstance(self.positions, str | None):
             object.__setattr__(self, "positions", tuple(self.positions))
         if self.norm_multiple is not None and not self.norm_multiple > 0:
@@ -54,12 +61,13 @@ class MaskConfig:
 
 @dataclass
 class MaskReport:
-    """What the masks did so far. A token is counted once: by id, else by position, else by norm."""
+    """What the masks did so far. A token is counted once: by id or kind, else by position, else by norm."""
 
     seen: int = 0
-    """Real tokens that went through the model: `kept + by_id + by_position + by_norm`."""
+    """Real tokens that went through the model: `kept + by_id + by_kind + by_position + by_norm`."""
     kept: int = 0
     by_id: int = 0
+    by_kind: int = 0
     by_position: int = 0
     by_norm: int = 0
     median_norm: dict[str, float] = field(default_factory=dict)
@@ -83,15 +91,24 @@ class Masks:
         self.report = MaskReport()
         self._positions = kept_positions(config.positions, context)
         self._excluded = torch.tensor(list(self.excluded_ids), dtype=torch.int64)
+        self._kinds = torch.tensor([TOKEN_KINDS.index(kind) for kind in config.token_kinds], dtype=torch.uint8)
 
-    def by_token(self, batch: TokenBatch) -> Bool[Tensor, "n context"]:
-        """True on the real tokens that neither their id nor their position leaves out."""
-        by_id = batch.real & ~torch.isin(batch.ids, self._excluded)
-        keep = by_id & self._positions
-        seen, after_id, kept = int(batch.real.sum()), int(by_id.sum()), int(keep.sum())
+    def by_token(self, batch: Batch) -> Bool[Tensor, "n context"]:
+        """True on the real tokens that neither their id or kind nor their position leaves out."""
+        chosen, records = batch.real, batch.records()
+        seen = int(chosen.sum())
+        if "token_ids" in records:
+            chosen = chosen & ~torch.isin(records["token_ids"], self._excluded)
+        after_id = int(chosen.sum())
+        if "kinds" in records:
+            chosen = chosen & torch.isin(records["kinds"], self._kinds)
+        # Images that keep their aspect ratio may have fewer positions than the longest row.
+        keep = chosen & self._positions[: chosen.shape[1]]
+        after_kind, kept = int(chosen.sum()), int(keep.sum())
         self.report.seen += seen
         self.report.by_id += seen - after_id
-        self.report.by_position += after_id - kept
+        self.report.by_kind += after_id - after_kind
+        self.report.by_position += after_kind - kept
         self.report.kept += kept
         return keep
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,6 +15,14 @@ from unweave.activations.config import DataConfig
 TokenIds: TypeAlias = NDArray[np.int64]
 Document: TypeAlias = str | list[dict[str, Any]] | TokenIds
 """Text, a list of chat messages, or token ids."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands where a document should be, and says in a sentence where that is and why there is none."""
+
+    reason: str
+
 
 _TOKENS = ("tokens", "input_ids")
 _MESSAGES = ("messages", "conversation", "conversations")
@@ -48,6 +57,11 @@ def as_document(value: Any, config: DataConfig, where: Callable[[], str]) -> Doc
     if isinstance(value, str):
         if config.chat:
             raise UnweaveError(f"{where()} is plain text, but chat is set, which takes lists of messages.")
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise UnweaveError(f"{where()} holds half of a surrogate pair (character {error.start}).") from None
         return value
     if isinstance(value, list) and value and isinstance(value[0], Mapping):
         if not config.chat:
@@ -62,6 +76,14 @@ def as_document(value: Any, config: DataConfig, where: Callable[[], str]) -> Doc
     if config.chat:
         raise UnweaveError(f"{where()} holds token ids, but chat is set, which takes lists of messages.")
     return ids.astype(np.int64, copy=False)
+
+
+def document_or_reason(value: Any, config: DataConfig, where: Callable[[], str]) -> Document | Unreadable:
+    """Like `as_document`, but what is no document is returned as `Unreadable`."""
+    try:
+        return as_document(value, config, where)
+    except UnweaveError as error:
+        return Unreadable(str(error))
 
 
 def size_of(document: Document) -> int:

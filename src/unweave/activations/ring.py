@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 
@@ -66,7 +66,7 @@ class ShuffleRing:
         """
         if n > self.size:
             raise ValueError(f"cannot take {n} of {self.size} rows")
-        drawn = torch.randperm(self.size, generator=self._generator)[:n]
+        drawn = _draw(n, self.size, self._generator)
         left = self.size - n
         stays = torch.ones(n, dtype=torch.bool)
         stays[drawn[drawn >= left] - left] = False
@@ -83,9 +83,14 @@ class ShuffleRing:
         chosen = torch.linspace(0, self.size - 1, min(n, self.size), dtype=torch.float64).round().long()
         return {name: buffer.index_select(0, chosen.to(self._device)) for name, buffer in self._buffers.items()}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Copies of the valid rows, and the generator's state."""
-        rows = {name: buffer[: self.size].clone() for name, buffer in self._buffers.items()}
+    def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
+        """The valid rows, and the generator's state.
+
+        Args:
+            copy: Whether the rows are copies. If not, the next `put` or `take` writes to them.
+        """
+        rows = {name: buffer[: self.size] for name, buffer in self._buffers.items()}
+        rows = {name: x.clone() for name, x in rows.items()} if copy else rows
         return {"rows": rows, "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -94,3 +99,19 @@ class ShuffleRing:
         if state["rows"]:
             self.put(state["rows"])
         self._generator.set_state(state["generator"].cpu())
+
+
+def _draw(n: int, size: int, generator: torch.Generator) -> Int64[Tensor, " n"]:
+    """`n` different numbers below `size`, in random order; its cost does not grow with `size`."""
+    if 4 * n > size:
+        return torch.randperm(size, generator=generator)[:n]
+    drawn = torch.empty(0, dtype=torch.int64)
+    while len(drawn) < n:  # numbers one after the other, without those that were there before
+        missing = n - len(drawn)
+        drawn = torch.cat([drawn, torch.randint(size, (missing + missing // 4 + 8,), generator=generator)])
+        values, order = drawn.sort(stable=True)
+        again = order[1:][values[1:] == values[:-1]]
+        new = torch.ones(len(drawn), dtype=torch.bool)
+        new[again] = False
+        drawn = drawn[new]
+    return drawn[:n]

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from unweave._errors import UnweaveError
 from unweave.activations.config import DataConfig
-from unweave.activations.records import Document, as_document, choose_column
+from unweave.activations.records import Document, Unreadable, choose_column, document_or_reason
 
 PART_BYTES = 4 << 20
 PART_ROWS = 1024
@@ -37,8 +37,8 @@ class Part:
 
     key: str
     """Names the part and its extent, so that a changed data set is noticed on resuming."""
-    read: Callable[[int], Iterator[Document]]
-    """Its documents, without the first `n`."""
+    read: Callable[[int], Iterator[Document | Unreadable]]
+    """Its documents, without the first `n`; one that cannot be read gives the reason in its place."""
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -76,21 +76,31 @@ def cut_text(text: str) -> list[str]:
     return documents
 
 
-def _read_whole(path: Path, size: int, skip: int) -> Iterator[Document]:
-    if not skip:
-        yield _decode(path, *_read_lines(path, 0, size))
+def _read_whole(path: Path, size: int, skip: int) -> Iterator[Document | Unreadable]:
+    yield from _decode(path, *_read_lines(path, 0, size))[skip:]
 
 
-def _read_text(path: Path, start: int, end: int, skip: int) -> Iterator[Document]:
-    yield from cut_text(_decode(path, *_read_lines(path, start, end)))[skip:]
+def _read_text(path: Path, start: int, end: int, skip: int) -> Iterator[Document | Unreadable]:
+    *unreadable, text = _decode(path, *_read_lines(path, start, end))
+    yield from [*unreadable, *cut_text(str(text))][skip:]
 
 
-def _decode(path: Path, begin: int, data: bytes) -> str:
+def _decode(path: Path, begin: int, data: bytes) -> list[Document | Unreadable]:
+    """The lines that are not UTF-8, and last, as one text, those that are."""
+    unreadable: list[Document | Unreadable] = []
     try:
         text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UnweaveError(f"{path} is not UTF-8 text (byte {begin + error.start}).") from None
-    return text.replace("\r\n", "\n")
+    except UnicodeDecodeError:
+        lines, position = [], begin
+        for line in data.split(b"\n"):
+            try:
+                lines.append(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                reason = f"{_line_name(path, position)} is not UTF-8 text (byte {position + error.start})."
+                unreadable.append(Unreadable(reason))
+            position += len(line) + 1
+        text = "\n".join(lines)
+    return [*unreadable, text.replace("\r\n", "\n")]
 
 
 # --- lines of JSON ---------------------------------------------------------------------------------------------------
@@ -102,7 +112,7 @@ def jsonl_parts(path: Path, key: str, config: DataConfig) -> list[Part]:
     return [Part(f"{key}:{a}-{b}", partial(_read_jsonl, path, a, b, config)) for a, b in ranges]
 
 
-def _read_jsonl(path: Path, start: int, end: int, config: DataConfig, skip: int) -> Iterator[Document]:
+def _read_jsonl(path: Path, start: int, end: int, config: DataConfig, skip: int) -> Iterator[Document | Unreadable]:
     position, data = _read_lines(path, start, end)
     column = None
     for line in data.split(b"\n"):
@@ -115,13 +125,16 @@ def _read_jsonl(path: Path, start: int, end: int, config: DataConfig, skip: int)
         where = partial(_line_name, path, here)
         try:
             record = json.loads(line)
-        except ValueError as error:
-            raise UnweaveError(f"{where()} is not valid JSON ({error}).") from None
-        if isinstance(record, Mapping):
-            if column not in record:
-                column = choose_column(record, config, where())
-            record = record[column]
-        yield as_document(record, config, where)
+            if isinstance(record, Mapping):
+                if column not in record:
+                    column = choose_column(record, config, where())
+                record = record[column]
+        except UnweaveError as error:
+            yield Unreadable(str(error))
+        except (ValueError, RecursionError) as error:
+            yield Unreadable(f"{where()} is not valid JSON ({error}).")
+        else:
+            yield document_or_reason(record, config, where)
 
 
 def _line_name(path: Path, position: int) -> str:
@@ -176,14 +189,16 @@ def _open_parquet(path: Path) -> Any:
         raise UnweaveError(f"{path} is no readable Parquet file ({error}).") from None
 
 
-def _read_parquet(path: Path, group: int, column: str, config: DataConfig, skip: int) -> Iterator[Document]:
-    row = 0
+def _read_parquet(
+    path: Path, group: int, column: str, config: DataConfig, skip: int
+) -> Iterator[Document | Unreadable]:
+    row, name = 0, "{1}, row {0} of row group {2},"
     with _open_parquet(path) as file:
         for batch in file.iter_batches(PART_ROWS, row_groups=[group], columns=[column]):
             first, row = row, row + batch.num_rows
             for i, value in enumerate(batch.column(0).to_pylist() if row > skip else (), first):
                 if i >= skip:
-                    yield as_document(value, config, partial("{}, row {} of row group {},".format, path, i, group))
+                    yield document_or_reason(value, config, partial(name.format, i, path, group))
 
 
 def load_npy(path: Path) -> NDArray[Any]:
@@ -221,7 +236,7 @@ def array_parts(array: NDArray[Any], key: str, config: DataConfig) -> list[Part]
 def sequence_parts(data: Sequence[Any], config: DataConfig) -> list[Part]:
     """A list of documents or of records."""
 
-    def read(start: int, skip: int) -> Iterator[Document]:
+    def read(start: int, skip: int) -> Iterator[Document | Unreadable]:
         for i in range(start + skip, min(start + PART_ROWS, len(data))):
             yield _element(data[i], i, config)
 
@@ -232,7 +247,7 @@ def iterable_part(data: Iterable[Any], config: DataConfig) -> Part:
     """Anything that can be iterated from the start again and again; a one-shot iterator is remembered as it is read."""
     source = Remembered(data) if isinstance(data, Iterator) else data
 
-    def read(skip: int) -> Iterator[Document]:
+    def read(skip: int) -> Iterator[Document | Unreadable]:
         for i, value in islice(enumerate(source), skip, None):
             yield _element(value, i, config)
 
@@ -257,10 +272,13 @@ class Remembered:
             i += 1
 
 
-def _element(value: Any, i: int, config: DataConfig) -> Document:
+def _element(value: Any, i: int, config: DataConfig) -> Document | Unreadable:
     def where() -> str:
         return f"document {i} of the data"
 
     if isinstance(value, Mapping):
-        value = value[choose_column(value, config, where())]
-    return as_document(value, config, where)
+        try:
+            value = value[choose_column(value, config, where())]
+        except UnweaveError as error:
+            return Unreadable(str(error))
+    return document_or_reason(value, config, where)

@@ -1,8 +1,8 @@
 """Which documents are held out: decided by each document's own content.
 
-A document's side depends on nothing but its text and the seed, so the split survives reordering, streaming and
-resuming, and two copies of one document never end up on both sides. Only where there are so few documents that one
-side would stay empty does `held_out_cutoff` move the limit, for both sides alike.
+A document's side, or an image's, depends on nothing but its content and the seed, so the split survives reordering,
+streaming and resuming, and two copies of one document never end up on both sides. Only where there are so few
+documents that one side would stay empty does `held_out_cutoff` move the limit, for both sides alike.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from itertools import pairwise
 DEFAULT_HELD_OUT = 0.05
 
 
-def held_out_score(text: str, seed: int = 0) -> int:
+def held_out_score(content: str | bytes, seed: int = 0) -> int:
     """A document's place in `[0, 2**64)`, uniform over documents; the lowest ones are held out."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, salt=seed.to_bytes(8, "little"))
+    data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    digest = hashlib.blake2b(data, digest_size=8, salt=seed.to_bytes(8, "little"))
     return int.from_bytes(digest.digest(), "big")
 
 
-def is_held_out(text: str, fraction: float = DEFAULT_HELD_OUT, seed: int = 0) -> bool:
+def is_held_out(content: str | bytes, fraction: float = DEFAULT_HELD_OUT, seed: int = 0) -> bool:
     """True for about `fraction` of all documents, the same ones every time."""
-    return held_out_score(text, seed) < fraction * 2**64
+    return held_out_score(content, seed) < fraction * 2**64
 
 
 def held_out_cutoff(documents: Iterable[tuple[int, int]], fraction: float) -> float:

@@ -13,14 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
 from unweave._errors import UnweaveError
 from unweave.activations.config import DataConfig
-from unweave.activations.documents import Data, DocumentReader, open_documents
+from unweave.activations.documents import Data, Documents, open_documents
+from unweave.activations.encoding import Encoder
 from unweave.activations.packing import begin_token, keep_rows, pack, pad, separator_token
+from unweave.activations.reader import DocumentReader
 from unweave.activations.records import Document, TokenIds, size_of
+from unweave.activations.tokenized.reader import RowReader
+from unweave.activations.tokenized.vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +33,7 @@ __all__ = ["DataConfig", "TokenBatch", "TokenRows"]
 
 _CHUNK_DOCUMENTS = 256
 _CHUNK_CHARS = 1 << 19
+_CHUNK_TOKENS = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +49,17 @@ class TokenBatch:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def inputs(self, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
+        """The token ids, and an attention mask where there is padding."""
+        if self.real.all():  # where there is none, a mask would only keep attention from its fast path
+            return self.ids.to(device), {}
+        return self.ids.to(device), {"attention_mask": self.real.to(device, torch.int64)}
+
+    def records(self) -> dict[str, Int[Tensor, "n context"]]:
+        """Each token's id, position in its row, and document."""
+        positions = torch.arange(self.ids.shape[1], dtype=torch.int32).expand(self.ids.shape)
+        return {"token_ids": self.ids, "positions": positions, "documents": self.documents}
 
 
 class TokenRows:
@@ -65,8 +81,9 @@ class TokenRows:
         separator: Id of the token between documents; None if there is none.
 
     Raises:
-        UnweaveError: No text, a missing special token or chat template; from `next_rows`: less than one row of text,
-            or no document on the held-out side.
+        UnweaveError: No text, a missing special token or chat template, a token folder that holds out another share of
+            its documents than the config says; from `next_rows`: less than one row of text, or no document on the
+            held-out side.
     """
 
     def __init__(
@@ -82,12 +99,26 @@ class TokenRows:
             raise UnweaveError("held-out text was asked for, but held_out=0 keeps none.")
         self.source = open_documents(data, config)
         self.config, self.tokenizer, self.held_out, self.repeat = config, tokenizer, held_out, repeat
-        self.begin, self.separator = self._special_tokens()
-        self._reader = DocumentReader(self.source, config, held_out=held_out)
+        if tokenizer is not None:
+            check_vocabulary(self.source.name, self.source.made_with, tokenizer)
+        self._reader: DocumentReader | RowReader
+        if (folder := self.source.folder) is not None:
+            folder.check_split(config.held_out)
+            self.begin, self.separator = folder.begin, folder.separator
+            self._reader = RowReader(folder, "held_out" if held_out else "train", seed=config.seed)
+        else:
+            self._encode = Encoder(tokenizer, config, self.source.name)
+            self.begin, self.separator = special_tokens(self.source, tokenizer, config)
+            self._reader = DocumentReader(self.source, config, held_out=held_out)
         self._ids, self._numbers, self._start = _EMPTY, _EMPTY, 0
         self._last: int | None = None
         self._n_documents = self._n_tokens = self._n_in_epoch = 0
         self._exhausted = False
+
+    @property
+    def context(self) -> int:
+        """Tokens in a row."""
+        return self.config.context
 
     @property
     def epoch(self) -> int:
@@ -146,45 +177,51 @@ class TokenRows:
     def _identity(self) -> dict[str, Any]:
         return asdict(self.config) | {"fingerprint": self.source.fingerprint, "side": self.held_out}
 
-    def _special_tokens(self) -> tuple[int | None, int | None]:
-        config, tokenizer = self.config, self.tokenizer
-        if self.source.rows:
-            return None, None
-        if tokenizer is None and config.bos:
-            raise UnweaveError(f"{self.source.name} needs a tokenizer, to begin each document with its BOS token.")
-        if config.chat and tokenizer is not None and not tokenizer.chat_template:
-            raise UnweaveError("chat is set, but the tokenizer has no chat template.")
-        begin = begin_token(tokenizer) if tokenizer is not None and config.bos else None
-        return begin, None if config.separator is None else separator_token(tokenizer, config.separator)
-
     def _lay_out_more(self) -> None:
-        """Tokenise some more documents of this epoch, or start the next epoch, or note that the data have ended."""
+        """Lay out some more tokens of this epoch, or start the next epoch, or note that the data have ended."""
+        laid_out = self._next_rows() if isinstance(self._reader, RowReader) else self._next_documents(self._reader)
+        if laid_out is None:
+            return self._end_epoch()
+        ids, numbers = laid_out
+        self._ids = np.concatenate([self._ids[self._start :], ids])
+        self._numbers = np.concatenate([self._numbers[self._start :], numbers])
+        self._start = 0
+        self._n_tokens += len(ids)
+        self._n_in_epoch += len(ids)
+        return None
+
+    def _next_rows(self) -> tuple[TokenIds, TokenIds] | None:
+        """Rows of the token folder, cut to the context, with the documents that the folder knows them by."""
+        assert self.source.folder is not None
+        assert isinstance(self._reader, RowReader)
+        width, context = self.source.folder.context, self.config.context
+        ids, documents = (v[:, : width // context * context] for v in self._reader.take(max(1, _CHUNK_TOKENS // width)))
+        return (ids.ravel(), documents.ravel()) if len(ids) else None
+
+    def _next_documents(self, reader: DocumentReader) -> tuple[TokenIds, TokenIds] | None:
+        """Tokens of some more documents, numbered on."""
         chunk, chars = list[Document](), 0
-        for document in self._reader:
+        for document in reader:
             chunk.append(document)
             chars += size_of(document)
             if len(chunk) >= _CHUNK_DOCUMENTS or chars >= _CHUNK_CHARS:
                 break
         if not chunk:
-            return self._end_epoch()
-        tokens = [ids for ids in self._tokenize(chunk) if len(ids)]
-        if not tokens:
             return None
+        tokens = [ids for ids in self._encode(chunk) if len(ids)]
+        if not tokens:
+            return _EMPTY, _EMPTY
         if self.source.rows:
             ids, numbers = keep_rows(tokens, self.config.context)
         elif self.config.pack:
             ids, numbers = pack(tokens, begin=self.begin, separator=self.separator, last=self._last)
         else:
-            padding = getattr(self.tokenizer, "pad_token_id", None) or 0
+            padding = padding_token(self.tokenizer)
             ids, numbers = pad(tokens, begin=self.begin, context=self.config.context, padding=padding)
-        self._ids = np.concatenate([self._ids[self._start :], ids])
         numbers[numbers >= 0] += self._n_documents
-        self._numbers = np.concatenate([self._numbers[self._start :], numbers])
-        self._start, self._last = 0, int(ids[-1])
         self._n_documents += len(tokens)
-        self._n_tokens += len(ids)
-        self._n_in_epoch += len(ids)
-        return None
+        self._last = int(ids[-1])
+        return ids, numbers
 
     def _end_epoch(self) -> None:
         if self._n_tokens < self.config.context:
@@ -202,30 +239,26 @@ class TokenRows:
         else:
             self._exhausted = True
 
-    def _tokenize(self, documents: list[Document]) -> list[TokenIds]:
-        ready = {i: document for i, document in enumerate(documents) if isinstance(document, np.ndarray)}
-        texts: list[Any] = [document for document in documents if not isinstance(document, np.ndarray)]
-        if texts and self.tokenizer is None:
-            raise UnweaveError(f"{self.source.name} holds text, and there is no tokenizer to read it with.")
-        if texts and self.tokenizer is not None:
-            if self.config.chat:
-                texts = self._lay_out_chats(texts)
-            encoded = self.tokenizer(
-                texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-            )
-            tokenized = iter(encoded["input_ids"])
-        return [
-            ready[i] if i in ready else np.array(next(tokenized), dtype=np.int64) for i in range(len(documents))
-        ]
 
-    def _lay_out_chats(self, chats: list[Any]) -> list[str]:
-        from jinja2 import TemplateError
+def special_tokens(
+    source: Documents, tokenizer: PreTrainedTokenizerBase | None, config: DataConfig
+) -> tuple[int | None, int | None]:
+    """The token in front of each document, and the one between documents.
 
-        assert self.tokenizer is not None
-        try:
-            return list(map(str, self.tokenizer.apply_chat_template(chats, tokenize=False)))
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
-            raise UnweaveError(f"the chat template cannot lay out a conversation of the data: {error}.") from error
+    Raises:
+        UnweaveError: A token that the tokenizer lacks, or no tokenizer to ask.
+    """
+    if source.rows:
+        return None, None
+    if tokenizer is None and config.bos:
+        raise UnweaveError(f"{source.name} needs a tokenizer, to begin each document with its BOS token.")
+    begin = begin_token(tokenizer) if tokenizer is not None and config.bos else None
+    return begin, None if config.separator is None else separator_token(tokenizer, config.separator)
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """What stands behind the end of a document that has a row to itself."""
+    return getattr(tokenizer, "pad_token_id", None) or 0
 
 
 _EMPTY: TokenIds = np.empty(0, dtype=np.int64)

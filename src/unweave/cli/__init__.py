@@ -1,4 +1,4 @@
-"""The command line: `unweave demo | train | eval | dashboard | synth`. One file per command, thin over the library.
+"""The command line: `unweave train` and its siblings. One file per command, thin over the library.
 
 Exit status: 0 when it worked, 2 when the input was wrong (one sentence says what), 130 after Ctrl-C, 1 for a bug.
 """
@@ -21,18 +21,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import tyro
 
+    from unweave.cli.cache import CacheArgs
+    from unweave.cli.convert import ConvertArgs
     from unweave.cli.dashboard import DashboardArgs
     from unweave.cli.demo import DemoArgs
     from unweave.cli.evaluate import EvalArgs
+    from unweave.cli.info import InfoArgs
+    from unweave.cli.plan import PlanArgs
+    from unweave.cli.push import PushArgs
     from unweave.cli.synth import SynthArgs
+    from unweave.cli.tokenize import TokenizeArgs
     from unweave.cli.train import TrainArgs
 
     commands: dict[str, Callable[..., Any]] = {
         "demo": DemoArgs,
+        "plan": PlanArgs,
         "train": TrainArgs,
         "eval": EvalArgs,
         "dashboard": DashboardArgs,
+        "info": InfoArgs,
+        "push": PushArgs,
+        "tokenize": TokenizeArgs,
+        "cache": CacheArgs,
         "synth": SynthArgs,
+        "convert": ConvertArgs,
     }
     args = tyro.extras.subcommand_cli_from_dict(
         commands,

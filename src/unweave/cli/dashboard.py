@@ -23,7 +23,7 @@ class DashboardArgs:
     model: Annotated[str | None, shown("NAME", "the model that the SAE was trained on")] = None
     """Model to run."""
     data: Annotated[str | None, shown("NAME", "the data that the SAE was trained on")] = None
-    """Text to read."""
+    """Text or images to read."""
     hook: Annotated[str | None, shown("NAME", "the hook that the SAE was trained at")] = None
     """Where the SAE belongs."""
     tokens: int = 200_000
@@ -36,12 +36,13 @@ class DashboardArgs:
     """Seed of the order of the documents and of the sampled contexts."""
 
     def run(self) -> None:
-        from unweave.dashboard import dashboard
+        from unweave.dashboard import dashboard, image_dashboard
         from unweave.sae import SAE
 
         sae = SAE.load(self.sae)
+        write = image_dashboard if "images" in sae.metadata else dashboard
         with status("looking for features") as tick:
-            path = dashboard(
+            path = write(
                 sae, **source_of(sae, self), hook=self.hook, tokens=self.tokens, n_features=self.features,
                 path=self.out or self.sae / "features.html", seed=self.seed, progress=tick,
             )  # fmt: skip

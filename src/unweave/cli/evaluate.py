@@ -23,7 +23,7 @@ class EvalArgs:
     model: Annotated[str | None, shown("NAME", "the model that the SAE was trained on")] = None
     """Model to run."""
     data: Annotated[str | None, shown("NAME", "the data that the SAE was trained on")] = None
-    """Text to read."""
+    """Text or images to read."""
     hook: Annotated[str | None, shown("NAME", "the hook that the SAE was trained at")] = None
     """Where the SAE belongs; of a transcoder, what it reads."""
     target: Annotated[str | None, shown("NAME", "the target that the transcoder was trained on")] = None
@@ -63,7 +63,7 @@ class EvalArgs:
 def source_of(sae: SAE, args: Any) -> dict[str, Any]:
     """Model, data and how to read them: from the command line, else as the SAE was trained."""
     from unweave._errors import UnweaveError
-    from unweave.evaluation.sample import default_data_config
+    from unweave.evaluation.sample import default_data_config, default_image_config
 
     metadata = sae.metadata
     found = {}
@@ -71,6 +71,10 @@ def source_of(sae: SAE, args: Any) -> dict[str, Any]:
         found[name] = getattr(args, name) or metadata.get(key)
         if found[name] is None:
             raise UnweaveError(f"the SAE does not say which {name} it was trained on; pass --{name}.")
-    given = {name: getattr(args, name, None) for name in ("context", "held_out")}
-    text = replace(default_data_config(sae), **{name: value for name, value in given.items() if value is not None})
-    return found | {"data_config": text}
+    given: dict[str, Any] = {name: getattr(args, name, None) for name in ("context", "held_out")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "images" in metadata:
+        if "context" in given:
+            raise UnweaveError("the rows of an SAE of images are as long as the images make them: leave out --context.")
+        return found | {"data_config": replace(default_image_config(sae), **given)}
+    return found | {"data_config": replace(default_data_config(sae), **given)}

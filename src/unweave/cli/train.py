@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,9 @@ class TrainArgs:
     config: Annotated[Path | None, shown("PATH")] = None
     """TOML file with the settings of the run."""
     model: Annotated[str | None, shown("NAME", "demo")] = None
-    """"demo" (the model that ships with unweave), a Hugging Face name, or a local folder."""
+    """"demo" or "demo-vit" (the models that ship with unweave), a Hugging Face name, or a local folder."""
     data: Annotated[str | None, shown("NAME", "stdlib")] = None
-    """"stdlib", a .txt, .jsonl or .parquet file, a folder of them, or a Hugging Face dataset."""
+    """"stdlib" (images: "digits"), files or folders of text or images, a dataset of the Hub, tokens or a cache."""
     hooks: Annotated[tuple[str, ...] | None, shown("NAME ...", "resid_post.1")] = None
     """Where to take activations: module paths, globs (h.*.mlp) or aliases (resid_post.1)."""
     target: Annotated[tuple[str, ...] | None, shown("NAME ...", "none")] = None
@@ -33,8 +34,7 @@ class TrainArgs:
     coder: Annotated[
         Literal["sae", "transcoder", "crosscoder", "clt"] | None, shown("{sae,transcoder,crosscoder,clt}", "sae")
     ] = None
-    """An autoencoder of each hook, a transcoder from each hook to its target, a crosscoder of all hooks, or a
-    cross-layer transcoder (clt) from all hooks to all targets."""
+    """An SAE of each hook, a transcoder from each to its target, or one crosscoder or cross-layer one (clt) of all."""
     skip: bool = False
     """Give transcoders a linear map from their input to their target."""
     tokens: Annotated[int | None, shown("N", "2,000,000")] = None
@@ -75,18 +75,26 @@ class TrainArgs:
     """Tokens in a row."""
     column: Annotated[str | None, shown("NAME", "found by its usual names")] = None
     """Text column of .jsonl, .parquet and Hugging Face data."""
+    max_bad: Annotated[int | None, shown("N", "100; 10 images")] = None
+    """Documents or images that may be left out because they cannot be read; each is named."""
     streaming: bool = False
     """Read a Hugging Face dataset over the network instead of downloading it first."""
     held_out: Annotated[float | None, shown("X", "0.05")] = None
     """Share of the documents kept from training."""
     buffer: Annotated[int | None, shown("N", "32 batches")] = None
     """Tokens in the shuffling ring."""
+    prompts_per_pass: Annotated[int | None, shown("N", "as many as are fast and fit")] = None
+    """Rows in one forward pass of the model."""
+    model_precision: Annotated[Literal["auto", "fp32", "bf16"] | None, shown("{auto,fp32,bf16}", "auto")] = None
+    """What the model runs in while SAEs are trained; auto is bf16 where that is faster. It is evaluated in fp32."""
     checkpoint_every: Annotated[int | None, shown("N", "none")] = None
     """Tokens between checkpoints; one is always written at an interruption."""
     seed: Annotated[int | None, shown("N", "0")] = None
     """Every random choice follows from it."""
     device: Annotated[str | None, shown("NAME", "a GPU if there is one")] = None
     """Where to run."""
+    model_device: Annotated[str | None, shown("NAME", "the same")] = None
+    """Where to run the model, if that is another device than the SAEs'."""
     eval_tokens: int = 100_000
     """Held-out tokens to evaluate each SAE on afterwards; 0 for none."""
     resume: bool = False
@@ -102,7 +110,9 @@ class TrainArgs:
 
         config, model = self.prepared()
         if self.dry_run:
-            print(prepare(config, model).plan())
+            plan = prepare(config, model).plan()
+            print(plan)
+            plan.check()
             return
         result = train(config, model=model, resume=self.resume, overwrite=self.overwrite)
         for folder in result.folders:
@@ -123,7 +133,10 @@ class TrainArgs:
         settings = read_toml(self.config) if self.config else {}
         if self.resume:
             settings = to_dict(read_run_config(Path(out)))
-        for name in ("model", "data", "tokens", "batch_size", "buffer", "checkpoint_every", "seed", "device"):
+        for name in (
+            "model", "data", "tokens", "batch_size", "buffer", "prompts_per_pass", "model_precision",
+            "checkpoint_every", "seed", "device", "model_device",
+        ):  # fmt: skip
             if getattr(self, name) is not None:
                 settings[name] = getattr(self, name)
         if self.hooks is not None:
@@ -131,12 +144,13 @@ class TrainArgs:
         if self.target is not None:
             settings["targets"] = list(self.target)
         settings["out"] = self.out or settings.get("out") or out
-        text = settings.setdefault("text", {})
-        for name in ("context", "column", "held_out"):
-            if getattr(self, name) is not None:
-                text[name] = getattr(self, name)
+        text, images = settings.setdefault("text", {}), settings.setdefault("images", {})
+        for name in ("context", "column", "held_out", "max_bad"):
+            for part in [text] if name == "context" else [text, images]:
+                if getattr(self, name) is not None:
+                    part[name] = getattr(self, name)
         if self.streaming:
-            text["streaming"] = True
+            text["streaming"] = images["streaming"] = True
         model = None
         if self.recipe is not None:
             if self.activation is not None:
@@ -187,24 +201,38 @@ class TrainArgs:
 
 def recipe_settings(name: str, settings: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """A recipe's settings as plain values, and the model if the recipe depends on the width of its activations."""
-    import torch
-
-    from unweave.models import capture, load_model, resolve_hooks
+    from unweave.models import load_model
     from unweave.training import recipes
+    from unweave.training.cached import cached_data, widths_of
     from unweave.training.config import TrainConfig, to_dict
 
     if not recipes.needs_width(name):
         return to_dict(recipes.RECIPES[name]()), None
-    model = load_model(settings.get("model", TrainConfig.model), device=settings.get("device"))
-    hooks = resolve_hooks(model.module, settings.get("hooks", TrainConfig.hooks))
-    seen = capture(model.module, hooks, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device))
-    widths = {x.shape[-1] for x in seen.values()}
+    names, model = settings.get("hooks", TrainConfig.hooks), None
+    if (source := cached_data(settings.get("data", TrainConfig.data))) is not None:
+        widths = widths_of(source, names)
+    else:
+        model = load_model(settings.get("model", TrainConfig.model), device=settings.get("device"))
+        widths = _widths_in(model, names)
     if len(widths) > 1:
         raise UnweaveError(
             f"the recipe {name!r} depends on the width, and these hooks have {sorted(widths)}: train them in runs of "
             "their own."
         )
     return to_dict(recipes.RECIPES[name](d_in=widths.pop())), model
+
+
+def _widths_in(model: Any, names: Any) -> set[int]:
+    """Widths of the activations at some hooks of a model."""
+    import torch
+
+    from unweave.models import capture, resolve_hooks
+
+    hooks = resolve_hooks(model.module, names)
+    words = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
+    blank = words if model.vision is None else model.vision.blank()
+    inputs: dict[str, Any] = {name: value.to(model.device) for name, value in blank.items()}
+    return {x.shape[-1] for x in capture(model.module, hooks, **inputs).values()}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -219,17 +247,28 @@ def evaluate_saved(result: Any, config: Any, tokens: int) -> list[Any]:
     """Evaluate trained SAEs on held-out text, write an `eval.json` for each, and print their tables."""
     from rich.console import Console
 
+    from unweave.activations.cache import is_cache, open_cache
     from unweave.evaluation import evaluate
     from unweave.sae import by_target
 
-    reports = []
+    reports: list[Any] = []
+    if is_cache(config.data):
+        source = open_cache(config.data)
+        if result.model is None or getattr(source, "tokens", None) is None:
+            missing = f"the {'model' if result.model is None else 'data'} of the cache cannot be had from it"
+        elif getattr(source, "held_out", None) is None:
+            missing = f"{config.data} has no held-out rows"
+        else:
+            missing = ""
+        if missing:
+            print(f"not evaluated, for {missing}: use unweave eval.", file=sys.stderr)
+            return reports
     parts = [(p, f, t) for sae, f in zip(result.saes, result.folders, strict=True) for t, p in by_target(sae).items()]
     for sae, folder, target in parts:
         with status(f"evaluating {folder}") as tick:
             report = evaluate(
-                sae, model=result.model, data=config.data, tokens=tokens, data_config=config.text, masks=config.masks,
-                seed=config.seed, progress=tick,
-            )  # fmt: skip
+                sae, model=result.model, data=config.data, tokens=tokens, seed=config.seed, progress=tick
+            )
         name = f"eval_{target.replace(':', '_')}.json" if target else "eval.json"
         path = folder.parent / name if folder.name == "sae" else folder / name
         report.save(path)

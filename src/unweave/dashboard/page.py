@@ -24,8 +24,22 @@ def render(data: dict[str, Any], *, title: str) -> str:
         data: What `page.js` reads: `header`, `strings` and `latents`.
         title: Title of the document.
     """
-    style, script = _asset("page.css"), _asset("page.js")
-    return Template(_asset("page.html")).substitute(
+    return _render("page", data, title)
+
+
+def render_images(data: dict[str, Any], *, title: str) -> str:
+    """The text of the page of a vision model's SAE.
+
+    Args:
+        data: What `images.js` reads: `header`, `classes`, `images` and `latents`.
+        title: Title of the document.
+    """
+    return _render("images", data, title)
+
+
+def _render(page: str, data: dict[str, Any], title: str) -> str:
+    style, script = _asset(f"{page}.css"), _asset(f"{page}.js")
+    return Template(_asset(f"{page}.html")).substitute(
         title=html.escape(title),
         style=style,
         style_hash=_hash(style),

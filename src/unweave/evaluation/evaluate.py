@@ -9,7 +9,6 @@ tokens. The result depends on the weights and the tokens, not on how many rows a
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,8 +20,9 @@ import torch
 from torch import nn
 
 from unweave._errors import UnweaveError
-from unweave.activations import DataConfig, MaskConfig
+from unweave.activations import DataConfig, ImageConfig, MaskConfig
 from unweave.evaluation.behaviour import BASELINE
+from unweave.evaluation.identity import differences
 from unweave.evaluation.measure import MEDIAN_PROMPTS, Measurement
 from unweave.evaluation.metrics import (
     compute,
@@ -36,6 +36,7 @@ from unweave.evaluation.report import Report
 from unweave.evaluation.sample import (
     Source,
     default_data_config,
+    default_image_config,
     default_masks,
     first_rows,
     open_rows,
@@ -59,30 +60,32 @@ def evaluate(
     target: str | None = None,
     tokens: int = 200_000,
     batch_prompts: int = 32,
-    data_config: DataConfig | None = None,
+    data_config: DataConfig | ImageConfig | None = None,
     masks: MaskConfig | None = None,
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Measure an SAE on held-out text: reconstruction, sparsity, and what it does to the model.
+    """Measure an SAE on held-out text or images: reconstruction, sparsity, and what it does to the model.
 
     Neither the SAE nor `data` is changed. What cannot be computed is None, and the report says why.
 
     Args:
         sae: A finished SAE, which takes raw activations.
         model: Where its activations come from. Of a model without a head for next-token predictions (an encoder, any
-            `nn.Module` that takes `input_ids`) the metrics of behaviour are None.
+            `nn.Module` that takes `input_ids`, a vision model) the metrics of behaviour are None.
         data: Text or tokens in any form that `TokenRows` takes, of which the held-out documents are read; `TokenRows`,
-            read on from where they are and then put back; or a list of `TokenBatch`.
+            read on from where they are and then put back; or a list of `TokenBatch`. For a vision model, images in any
+            form that `ImageRows` takes, `ImageRows`, or a list of `ImageBatch`.
         hook: Where the SAE belongs; by default where its metadata says (`hf_hook_name`, else `hook_name`).
         target: Where a transcoder's output belongs; by default where its metadata says (`hf_hook_name_out`). Errors and
             effects on the model are those of its prediction there, and `hook` is what it reads.
-        tokens: Read rows until they hold this many tokens, padding not counted.
+        tokens: Read rows until they hold this many tokens, padding not counted. Of images, CLS tokens and registers
+            count as well.
         batch_prompts: Rows in a forward pass. Only `explained_variance_legacy`, defined per pass, depends on it.
-        data_config: How documents become rows, by default as the SAE's metadata says. `held_out` must be that of the
-            training; with 0 all documents are read.
+        data_config: How documents (or images, by an `ImageConfig`) become rows, by default as the SAE's metadata says.
+            `held_out` must be that of the training; with 0 all documents are read.
         masks: Which tokens do not count; by default special tokens, activations longer than 10 times the median, and
             the positions that the SAE's metadata leaves out.
         tokenizer: Of a model that is given as a module.
@@ -104,13 +107,14 @@ def evaluate(
     if sae.device != model.device:
         sae = copy.deepcopy(sae).to(model.device)
     reads, place = places_of(sae, model, hook, target)
-    config = replace(data_config or default_data_config(sae), seed=seed)
+    usual = default_data_config if model.vision is None else default_image_config
+    config = replace(data_config or usual(sae), seed=seed)
     with torch.no_grad(), _evaluating(sae, model.module), open_rows(data, model, config) as (rows, source):
         batches = passes(rows, batch_prompts, tokens)
         if not (first := first_rows(batches, MEDIAN_PROMPTS)):
             raise UnweaveError(f"{source.name} hold no rows to evaluate on.")
-        measured = Measurement(sae, model, place, masks or default_masks(sae), first, reads)
-        measured.notes += _foreign_model(sae, model)
+        measured = Measurement(sae, model, place, masks or default_masks(sae), first, reads, source.context)
+        measured.notes += differences(sae, model, reads)
         for batch in chain(first, batches):
             measured.add(batch)
             if progress is not None:
@@ -132,21 +136,6 @@ def _evaluating(*modules: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def _foreign_model(sae: SAE, model: LoadedModel) -> list[str]:
-    """A note and a warning if the SAE's metadata name another model, as far as names can tell."""
-    theirs = sae.metadata.get("model_name")
-    if theirs is None or model.name == type(model.module).__name__ or _bare(theirs) == _bare(model.name):
-        return []
-    note = f"the SAE was trained on the model {theirs!r} and evaluated on {model.name!r}"
-    warnings.warn(f"{note}.", stacklevel=3)
-    return [note]
-
-
-def _bare(name: str) -> str:
-    """`openai-community/gpt2`, `gpt2` and TransformerLens' `gpt2-small` are one model."""
-    return name.rstrip("/").rpartition("/")[2].lower().removesuffix("-small")
-
-
 def _too_little(measured: Measurement, source: Source, tokens: int) -> list[str]:
     report = measured.masks.report
     notes = []
@@ -156,6 +145,8 @@ def _too_little(measured: Measurement, source: Source, tokens: int) -> list[str]
         notes.append("the masks left no token, so nothing about activations could be measured")
     if source.split == "training":
         notes.append("measured on training tokens")
+    if source.bad:
+        notes.append(f"{len(source.bad)} images could not be read: {', '.join(source.bad)}")
     return notes
 
 

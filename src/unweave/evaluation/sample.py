@@ -6,17 +6,18 @@ Rows are taken whole, and which ones does not depend on how many are run at a ti
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeAlias, TypeVar
 
 from unweave._errors import UnweaveError
-from unweave.activations import DataConfig, MaskConfig, TokenBatch, TokenRows
+from unweave.activations import DataConfig, ImageBatch, ImageConfig, ImageRows, MaskConfig, TokenBatch, TokenRows
 from unweave.models import Hook, LoadedModel, resolve_hooks
 from unweave.sae import SAE, Crosscoder, CrossLayerTranscoder, Transcoder
 
-Config = TypeVar("Config", DataConfig, MaskConfig)
+Config = TypeVar("Config", DataConfig, ImageConfig, MaskConfig)
+AnyBatch: TypeAlias = TokenBatch | ImageBatch
 
 
 def default_data_config(sae: SAE) -> DataConfig:
@@ -26,6 +27,11 @@ def default_data_config(sae: SAE) -> DataConfig:
     return replace(
         config, context=metadata.get("context_size") or config.context, bos=metadata.get("prepend_bos", config.bos)
     )
+
+
+def default_image_config(sae: SAE) -> ImageConfig:
+    """Images like those that the SAE was trained on, as far as its metadata says; above all, the same held-out ones."""
+    return _known(ImageConfig, sae.metadata.get("images", {}))
 
 
 def default_masks(sae: SAE) -> MaskConfig:
@@ -51,52 +57,67 @@ class Source:
     Attributes:
         name: The data in words.
         split: "held-out", "training", or "all" where nothing was held out or ready batches were given.
-        config: How documents are laid out; None for ready batches.
+        config: How documents or images are laid out; None for ready batches.
+        context: Tokens in a row; of images that keep their aspect ratio, at most. None for ready batches.
+        bad: Images that could not be read so far, and why.
     """
 
     name: str
     split: str
-    config: DataConfig | None
+    config: DataConfig | ImageConfig | None
+    context: int | None = None
+    bad: Mapping[str, str] = field(default_factory=dict)
 
 
 @contextmanager
 def open_rows(
-    data: Any, model: LoadedModel, config: DataConfig
-) -> Iterator[tuple[TokenRows | list[TokenBatch], Source]]:
-    """Open anything that holds tokens, and leave it as it was.
+    data: Any, model: LoadedModel, config: DataConfig | ImageConfig
+) -> Iterator[tuple[TokenRows | ImageRows | Sequence[AnyBatch], Source]]:
+    """Open anything that holds tokens or, for a vision model, images, and leave it as it was.
 
     Args:
-        data: `TokenRows`, which are read on from where they are, ready batches, or whatever `TokenRows` takes.
-        model: Its tokenizer reads text.
-        config: How to lay out documents. With `held_out=0` all of the data are read.
+        data: `TokenRows` or `ImageRows`, which are read on from where they are, ready batches, or whatever they take.
+        model: Its tokenizer reads text, or its processor images.
+        config: How to lay out documents or images. With `held_out=0` all of the data are read.
     """
-    if isinstance(data, TokenRows):
+    if isinstance(data, TokenRows | ImageRows):
         side = "held-out" if data.held_out else "training" if data.config.held_out else "all"
         position = data.state_dict()
         try:
-            yield data, Source(data.source.name, side, data.config)
+            yield data, _source(data, side)
         finally:
             data.load_state_dict(position)
     elif batches := _ready_batches(data):
-        yield batches, Source("token batches", "all", None)
+        yield batches, Source("ready batches", "all", None)
+    elif model.vision is not None:
+        assert isinstance(config, ImageConfig)
+        images = ImageRows(data, model, config, held_out=config.held_out > 0)
+        yield images, _source(images, "held-out" if config.held_out else "all")
     else:
+        assert isinstance(config, DataConfig)
         rows = TokenRows(data, model.tokenizer, config, held_out=config.held_out > 0)
-        yield rows, Source(rows.source.name, "held-out" if config.held_out else "all", config)
+        yield rows, _source(rows, "held-out" if config.held_out else "all")
 
 
-def _ready_batches(data: Any) -> list[TokenBatch]:
-    data = [data] if isinstance(data, TokenBatch) else data
-    if not isinstance(data, Sequence) or not data or not isinstance(data[0], TokenBatch):
+def _source(rows: TokenRows | ImageRows, split: str) -> Source:
+    bad = rows.bad if isinstance(rows, ImageRows) else {}
+    return Source(rows.source.name, split, rows.config, rows.context, bad)
+
+
+def _ready_batches(data: Any) -> list[AnyBatch]:
+    data = [data] if isinstance(data, AnyBatch) else data
+    if not isinstance(data, Sequence) or not data or not isinstance(data[0], AnyBatch):
         return []
-    widths = {batch.ids.shape[1] for batch in data}
+    widths = {batch.real.shape[1] for batch in data}
     if len(widths) > 1:
         raise UnweaveError(f"the token batches have rows of different lengths: {sorted(widths)}.")
     return list(data)
 
 
-def passes(rows: TokenRows | Iterable[TokenBatch], prompts: int, tokens: int) -> Iterator[TokenBatch]:
+def passes(rows: TokenRows | ImageRows | Iterable[AnyBatch], prompts: int, tokens: int) -> Iterator[AnyBatch]:
     """Batches of up to `prompts` rows, until they hold `tokens` real tokens or the data end."""
-    for batch in rows.batches(prompts) if isinstance(rows, TokenRows) else _cut(rows, prompts):
+    batches = rows.batches(prompts) if isinstance(rows, TokenRows | ImageRows) else _cut(rows, prompts)
+    for batch in batches:
         held = batch.real.sum(1).cumsum(0)
         yield rows_of(batch, slice(int((held < tokens).sum()) + 1))
         tokens -= int(held[-1])
@@ -104,9 +125,9 @@ def passes(rows: TokenRows | Iterable[TokenBatch], prompts: int, tokens: int) ->
             return
 
 
-def first_rows(batches: Iterator[TokenBatch], n: int) -> list[TokenBatch]:
+def first_rows(batches: Iterator[AnyBatch], n: int) -> list[AnyBatch]:
     """Batches from the front, until they hold `n` rows or there are no more."""
-    taken: list[TokenBatch] = []
+    taken: list[AnyBatch] = []
     for batch in batches:
         taken.append(batch)
         if sum(map(len, taken)) >= n:
@@ -114,19 +135,23 @@ def first_rows(batches: Iterator[TokenBatch], n: int) -> list[TokenBatch]:
     return taken
 
 
-def _cut(batches: Iterable[TokenBatch], prompts: int) -> Iterator[TokenBatch]:
+def _cut(batches: Iterable[AnyBatch], prompts: int) -> Iterator[AnyBatch]:
     for batch in batches:
         for start in range(0, len(batch), prompts):
             yield rows_of(batch, slice(start, start + prompts))
 
 
-def rows_of(batch: TokenBatch, rows: slice) -> TokenBatch:
+def rows_of(batch: AnyBatch, rows: slice) -> AnyBatch:
     """Some rows of a batch."""
+    if isinstance(batch, ImageBatch):
+        return batch.rows(rows)
     return TokenBatch(batch.ids[rows], batch.real[rows], batch.documents[rows])
 
 
-def check_fit(model: LoadedModel, batch: TokenBatch) -> None:
+def check_fit(model: LoadedModel, batch: AnyBatch) -> None:
     """Refuse tokens that the model has no embedding for, and rows that are too long for it."""
+    if isinstance(batch, ImageBatch):
+        return  # what made it knows the model
     longest = getattr(getattr(model.module, "config", None), "max_position_embeddings", None)
     if longest is not None and (context := batch.ids.shape[1]) > longest:
         raise UnweaveError(f"rows of {context} tokens are longer than the {longest} positions of {model.name!r}.")
@@ -143,12 +168,15 @@ def check_fit(model: LoadedModel, batch: TokenBatch) -> None:
 
 
 class TokenHash:
-    """SHA-256 of the token ids in the order of reading, padding as -1; the same however rows are batched."""
+    """SHA-256 of the token ids, padding as -1, or of the pixels, in the order of reading, however rows are batched."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
 
-    def update(self, batch: TokenBatch) -> None:
+    def update(self, batch: AnyBatch) -> None:
+        if isinstance(batch, ImageBatch):
+            self._hash.update(batch.pixels["pixel_values"].float().contiguous().numpy().tobytes())
+            return
         self._hash.update(batch.ids.masked_fill(~batch.real, -1).contiguous().numpy().tobytes())
 
     def hexdigest(self) -> str:

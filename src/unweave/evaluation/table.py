@@ -72,6 +72,8 @@ def report_table(report: Report) -> RenderableType:
 
     parts = _title(report)
     for group, rows in ROWS.items():
+        if all(report.metrics[row.metric] is None for row in rows):
+            continue  # a note says why
         parts += [Text(), Text(group, style="bold")]
         table = Table.grid(padding=(0, 2))
         table.add_column(width=20)

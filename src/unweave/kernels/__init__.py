@@ -5,12 +5,14 @@
     sddmm           the gradient of the codes: one dot product per active latent
     scatter_outer   codes.T @ grad: the weight gradients, latent by latent
     adam_rows       one pass over the rows of a weight matrix
+    gather_rows     rows out of mapped files into a batch
 
 The encoder product is the only dense one. Nothing here knows what an SAE is. `dispatch` chooses between the back-ends.
 """
 
 from unweave.kernels.adam import adam_rows
 from unweave.kernels.encode import TooDense, encode_select
+from unweave.kernels.gather import RowTable, gather_rows
 from unweave.kernels.ops import gather_sum, scatter_outer, sddmm, transpose
 from unweave.kernels.ordered import ordered_sum, squared_norm
 from unweave.kernels.reference import Transposed
@@ -23,6 +25,7 @@ __all__ = [
     "LargestOfBatch",
     "LargestOfGroups",
     "Precision",
+    "RowTable",
     "Screen",
     "Selection",
     "Spec",
@@ -30,6 +33,7 @@ __all__ = [
     "Transposed",
     "adam_rows",
     "encode_select",
+    "gather_rows",
     "gather_sum",
     "low",
     "ordered_sum",

@@ -17,6 +17,7 @@ from unweave.kernels.reference import RowErrors, Transposed
 from unweave.kernels.screen import Images
 from unweave.kernels.select import Selection
 
+_IN_MEMORY = (ctypes.Structure, ctypes.Array)
 _LETTERS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "u": ctypes.c_uint64, "f": ctypes.c_float, "d": ctypes.c_double}
 _SIGNATURES = {  # p: pointer or None, i: int64, u: uint64, f: float, d: double; after the colon, what is returned
     "gather_sum": "pppipip",
@@ -43,23 +44,20 @@ _SIGNATURES = {  # p: pointer or None, i: int64, u: uint64, f: float, d: double;
     "kth_largest": "pii:f",
     "take": "ppp",
     "adam_rows": "piippppiffffffuip",
+    "gather_rows": "piippiiipi",
 }
 
 
 @functools.cache
-def _functions(target: str | None = None) -> dict[str, Any]:
+def _function(name: str, target: str | None = None) -> Any:
     library = load()
     if library is None:
         raise RuntimeError("the C++ kernels are not installed.")
-    target = target or targets(library)[0]
-    functions = {}
-    for name, signature in _SIGNATURES.items():
-        arguments, _, result = signature.partition(":")
-        function = getattr(library, f"uw_{name}_{target}")
-        function.argtypes = [_LETTERS[letter] for letter in arguments]
-        function.restype = _LETTERS[result] if result else None
-        functions[name] = function
-    return functions
+    arguments, _, result = _SIGNATURES[name].partition(":")
+    function = getattr(library, f"uw_{name}_{target or targets(library)[0]}")
+    function.argtypes = [_LETTERS[letter] for letter in arguments]
+    function.restype = _LETTERS[result] if result else None
+    return function
 
 
 _forced: list[str] = []
@@ -84,10 +82,10 @@ def _call(name: str, *arguments: Any) -> Any:
     if any(isinstance(a, Tensor) and a.device.type != "cpu" for a in arguments):
         raise RuntimeError(f"{name}: a tensor is not on the CPU.")  # its pointer would be read as one that is
     converted = [
-        a.data_ptr() if isinstance(a, Tensor) else ctypes.addressof(a) if isinstance(a, ctypes.Structure) else a
+        a.data_ptr() if isinstance(a, Tensor) else ctypes.addressof(a) if isinstance(a, _IN_MEMORY) else a
         for a in arguments
     ]
-    return _functions(_forced[-1] if _forced else None)[name](*converted)
+    return _function(name, _forced[-1] if _forced else None)(*converted)
 
 
 def make_images(weight: Float[Tensor, "m d"], into: Images) -> Images:
@@ -289,3 +287,11 @@ class Collector:
         indices, values = x.new_empty(total, dtype=torch.int64), x.new_empty(total)
         _call("take", self._handle, indices, values)
         return Selection(counts, indices, values)
+
+
+def gather_rows(
+    rows: Tensor, stretches: Any, starts: Tensor, kind: int, wide: bool, out: Tensor, threads: int
+) -> Tensor:
+    """See `unweave.kernels.gather_rows`; the stretches are a ctypes array of csrc/gather.h's `Stretch`."""
+    _call("gather_rows", rows, *out.shape, stretches, starts, len(starts) - 1, kind, int(wide), out, threads)
+    return out

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from unweave.models.aliases import tl_name
 from unweave.models.hooks import Edit, Hook, capture, splice
-from unweave.models.load import DEMO, LoadedModel, fingerprint, load_model
-from unweave.models.names import head_shape, resolve_hooks
+from unweave.models.load import DEMO, DEMO_VIT, LoadedModel, fingerprint, load_model
+from unweave.models.meter import Meter
+from unweave.models.model_identity import model_fingerprint
+from unweave.models.names import head_index, head_shape, resolve_hooks
+from unweave.models.precision import copied_bytes, copy_in, dtype_of, gains_from_bf16
+from unweave.models.processors import Processor, describe, process
+from unweave.models.vision import TOKEN_KINDS, TokenKind, VisionLayout, vision_layout
 
 __all__ = [
-    "DEMO", "Edit", "Hook", "LoadedModel", "capture", "fingerprint", "head_shape", "load_model", "resolve_hooks",
-    "splice", "tl_name",
+    "DEMO", "DEMO_VIT", "TOKEN_KINDS", "Edit", "Hook", "LoadedModel", "Meter", "Processor", "TokenKind",
+    "VisionLayout", "capture", "copied_bytes", "copy_in", "describe", "dtype_of", "fingerprint", "gains_from_bf16",
+    "head_index", "head_shape", "load_model", "model_fingerprint", "process", "resolve_hooks", "splice", "tl_name",
+    "vision_layout",
 ]  # fmt: skip

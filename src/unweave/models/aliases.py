@@ -73,6 +73,35 @@ _GEMMA_3 = _pre_norm(
 # Whether the embedding or the model scales by sqrt(d_model) has changed between versions of transformers.
 _GEMMA_2 = {alias: place for alias, place in _GEMMA_3.items() if alias != "hook_embed"}
 _GEMMA = {alias: place for alias, place in _LLAMA.items() if alias != "hook_embed"}
+_VIT = _pre_norm(
+    attn_out="{block}.attention",
+    attn_z="{block}.attention.o_proj:in",
+    mlp_out="{block}.mlp",
+    resid_mid="{block}.layernorm_after:in",
+    embed=None,
+)
+_CLIP = _pre_norm(
+    attn_out="{block}.self_attn",
+    attn_z="{block}.self_attn.out_proj:in",
+    mlp_out="{block}.mlp",
+    resid_mid="{block}.layer_norm2:in",
+    embed=None,
+)
+# What is added to the residual stream is scaled first.
+_DINO = _pre_norm(
+    attn_out="{block}.layer_scale1",
+    attn_z="{block}.attention.o_proj:in",
+    mlp_out="{block}.layer_scale2",
+    resid_mid="{block}.norm2:in",
+    embed=None,
+)
+_TIMM = _pre_norm(
+    attn_out="{block}.ls1",
+    attn_z="{block}.attn.proj:in",
+    mlp_out="{block}.ls2",
+    resid_mid="{block}.norm2:in",
+    embed=None,
+)
 _BERT = {
     "resid_pre.{n}": "{block}:in",
     "resid_post.{n}": "{block}",
@@ -98,8 +127,17 @@ FAMILIES: dict[str, Table] = {
     "Gemma2DecoderLayer": _GEMMA_2,
     "Gemma3DecoderLayer": _GEMMA_3,
     "BertLayer": _BERT,
+    "ViTLayer": _VIT,
+    "CLIPEncoderLayer": _CLIP,
+    "SiglipEncoderLayer": _CLIP,
+    "Siglip2EncoderLayer": _CLIP,
+    "Dinov2Layer": _DINO,
+    "Dinov2WithRegistersLayer": _DINO,
+    "DINOv3ViTLayer": _DINO,
+    "timm.Block": _TIMM,
 }
-"""The aliases of each known class of block."""
+"""The aliases of each known class of block. Others than timm call theirs `Block` too."""
+_VISION = (_VIT, _CLIP, _DINO, _TIMM)
 
 
 def aliases(module: nn.Module) -> dict[str, str]:
@@ -110,13 +148,15 @@ def aliases(module: nn.Module) -> dict[str, str]:
 
     Returns:
         Alias to `"path"` or `"path:in"`, block by block; empty unless the model has exactly one stack of blocks of a
-        known family.
+        known family. Of a language model that also sees, the stack is the language model's.
     """
     stacks = [
         (path, child)
         for path, child in module.named_modules()
-        if isinstance(child, nn.ModuleList) and len(child) and _table(child[0]) is not None
+        if isinstance(child, nn.ModuleList | nn.Sequential) and len(child) and _table(child[0]) is not None
     ]
+    if len(stacks) > 1:
+        stacks = [(path, stack) for path, stack in stacks if not any(_table(stack[0]) is table for table in _VISION)]
     if len(stacks) != 1:
         return {}
     [(stack_path, stack)] = stacks
@@ -154,4 +194,6 @@ def tl_name(module: nn.Module, hook: Hook) -> str | None:
 
 def _table(block: nn.Module) -> Table | None:
     """The family of a block, also where something (sharding, an adapter) has derived a class from the block's."""
-    return next((FAMILIES[c.__name__] for c in type(block).__mro__ if c.__name__ in FAMILIES), None)
+    classes = type(block).__mro__
+    names = (name for c in classes for name in (c.__name__, f"{c.__module__.partition('.')[0]}.{c.__name__}"))
+    return next((FAMILIES[name] for name in names if name in FAMILIES), None)

@@ -1,4 +1,4 @@
-"""Load a model: a folder in Hugging Face layout, a name on the Hub, the shipped demo model, or a module as it is.
+"""Load a model: a folder in Hugging Face layout, a name on the Hub, a shipped demo model, or a module as it is.
 
 Weights are read as safetensors or by `torch.load` in its weights-only mode, and code that comes with a checkpoint is
 never run. The configuration decides what is loaded, a checkpoint that lacks weights is refused instead of being
@@ -24,15 +24,27 @@ from safetensors import SafetensorError
 from torch import nn
 
 from unweave._errors import UnweaveError, nearest
+from unweave.models.processors import Processor, load_processor, processor_files
+from unweave.models.timm_models import PREFIX as TIMM
+from unweave.models.timm_models import load_timm
+from unweave.models.vision import VisionLayout, vision_layout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 DEMO = Path(__file__).parent / "demo_lm"
 """Folder of the model that `load_model("demo")` loads."""
+DEMO_VIT = Path(__file__).parent / "demo_vit"
+"""Folder of the model that `load_model("demo-vit")` loads."""
+_SHIPPED = {"demo": DEMO, "demo-vit": DEMO_VIT}
 
 _VOCABULARIES = (
-    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
 )
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -40,18 +52,22 @@ _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A network with the tokenizer that belongs to it.
+    """A network with the tokenizer or image processor that belongs to it.
 
     Attributes:
         module: The network, in evaluation mode.
         tokenizer: None if there is none.
         name: What was loaded: the folder or Hub name as given, `"demo"`, or for a module the name it was loaded by,
             else its class.
+        processor: What turns an image into its input; None if there is none.
+        vision: How it lays out the tokens of an image; None for a model of text.
     """
 
     module: nn.Module
     tokenizer: PreTrainedTokenizerBase | None
     name: str
+    processor: Processor | None = None
+    vision: VisionLayout | None = None
 
     @property
     def device(self) -> torch.device:
@@ -63,18 +79,25 @@ def load_model(
     model: str | Path | nn.Module,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     *,
+    processor: Processor | None = None,
+    layout: VisionLayout | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> LoadedModel:
-    """Load a causal language model or an encoder, ready to be hooked.
+    """Load a causal language model, an encoder or a vision transformer, ready to be hooked.
 
-    A checkpoint whose configuration names a causal language model is loaded as that, any other as its base model
-    without a head. It comes in evaluation mode, its parameters without gradients.
+    A checkpoint whose configuration names a causal language model or an image classifier is loaded as that, one of
+    CLIP or SigLIP with both towers as its vision tower, any other as its base model without a head. It comes in
+    evaluation mode, its parameters without gradients.
 
     Args:
-        model: `"demo"`, a folder, a name on the Hugging Face Hub, or a module. A module is put into evaluation mode and
-            is otherwise left as it is: gradients, dtype and, unless `device` is given, device.
+        model: `"demo"`, `"demo-vit"`, a folder, a name on the Hugging Face Hub, `"timm:NAME"` (with timm installed), or
+            a module. A module is put into evaluation mode and is otherwise left as it is: gradients, dtype and, unless
+            `device` is given, device.
         tokenizer: A tokenizer, or where to load it from; by default the model's own, if there is one.
+        processor: What turns images into inputs, in place of the checkpoint's own: a processor of transformers, or a
+            function from a PIL image to a tensor (channels, height, width).
+        layout: How a vision model of no known family lays out its tokens.
         device: By default CUDA if there is any, else the CPU.
         dtype: Of the parameters.
 
@@ -85,21 +108,40 @@ def load_model(
     if isinstance(model, nn.Module):
         module = model.eval()
         name = getattr(getattr(model, "config", None), "_name_or_path", None) or type(model).__name__
+        layout = layout or vision_layout(module)
         if device is not None:
             module.to(_usable(device))
+    elif isinstance(model, str) and model.startswith(TIMM):
+        place, name = _usable(device or _default_device()), model
+        module, transform = load_timm(model)
+        module = module.eval().to(dtype).requires_grad_(False).to(place)
+        layout, processor = layout or vision_layout(module), processor or transform
     else:
-        place = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = _usable(device or _default_device())
         name, source = str(model), _source(model)
         module = _load_module(source, dtype).requires_grad_(False).to(place)
-        if tokenizer is None:
+        layout = layout or vision_layout(module)
+        if layout is not None and processor is None and processor_files(source, _has_any):
+            with _transformers(source):
+                processor = load_processor(source)
+        if tokenizer is None and layout is None:
             tokenizer = _load_tokenizer(source)
     if isinstance(tokenizer, str | Path):
-        where, tokenizer = tokenizer, _load_tokenizer(_source(tokenizer))
-        if tokenizer is None:
-            raise UnweaveError(f"no tokenizer was found in {str(where)!r}")
+        tokenizer = load_tokenizer(tokenizer)
     if tokenizer is not None:
         _check_fit(tokenizer, module, name)
-    return LoadedModel(module, tokenizer, name)
+    return LoadedModel(module, tokenizer, name, processor, layout)
+
+
+def load_tokenizer(tokenizer: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model by itself: of `"demo"`, a folder, or a name on the Hugging Face Hub.
+
+    Raises:
+        UnweaveError: There is none.
+    """
+    if (found := _load_tokenizer(_source(tokenizer))) is None:
+        raise UnweaveError(f"no tokenizer was found in {str(tokenizer)!r}{_neighbours(Path(tokenizer))}")
+    return found
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -110,10 +152,10 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _source(model: str | Path) -> str:
     """The folder or the name on the Hub that `model` stands for, in the form that transformers takes."""
-    folder = DEMO if model == "demo" else Path(model).expanduser()
+    folder = _SHIPPED.get(str(model)) or Path(model).expanduser()
     if folder.is_dir():
         return str(folder)
-    if isinstance(model, str) and model != "demo" and not folder.exists() and _HUB_NAME.fullmatch(model):
+    if isinstance(model, str) and model not in _SHIPPED and not folder.exists() and _HUB_NAME.fullmatch(model):
         return model
     if folder.exists():
         raise UnweaveError(f"{str(folder)!r} is a file, where the folder of a model is needed")
@@ -123,11 +165,11 @@ def _source(model: str | Path) -> str:
 def _neighbours(folder: Path) -> str:
     """Folders beside a missing one whose names are close, as the end of a sentence."""
     beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
-    return nearest(str(folder), ["demo", *(str(other) for other in beside if other.is_dir())])
+    return nearest(str(folder), [*_SHIPPED, *(str(other) for other in beside if other.is_dir())])
 
 
 def _load_module(source: str, dtype: torch.dtype) -> nn.Module:
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     if not _has_any(source, "config.json"):
         if Path(source).is_dir():
@@ -138,7 +180,7 @@ def _load_module(source: str, dtype: torch.dtype) -> nn.Module:
         )
     with _transformers(source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    kind: Any = AutoModelForCausalLM if _is_causal(config) else AutoModel
+    kind, config = _kind(config)
     with _transformers(source):
         module, info = kind.from_pretrained(
             source, config=config, dtype=dtype, trust_remote_code=False,
@@ -156,6 +198,20 @@ def _load_module(source: str, dtype: torch.dtype) -> nn.Module:
             f"in the checkpoint {source!r}, {key!r} has shape {tuple(stored)}, but by its config.json {tuple(needed)}"
         )
     return module
+
+
+def _kind(config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
+    """The class that a checkpoint is loaded as, and the part of its configuration that the class takes."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
+    from transformers.models.auto import modeling_auto as auto
+
+    if _is_causal(config):
+        return AutoModelForCausalLM, config
+    if not set(config.architectures or ()).isdisjoint(auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()):
+        return AutoModelForImageClassification, config
+    if config.model_type in ("clip", "siglip", "siglip2"):
+        return AutoModel, config.vision_config
+    return AutoModel, config
 
 
 def _is_causal(config: PretrainedConfig) -> bool:
@@ -203,6 +259,10 @@ def _has_any(source: str, *files: str) -> bool:
 
     with _transformers(source):
         return any(has_file(source, file) for file in files)
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _usable(device: str | torch.device) -> torch.device:

@@ -15,7 +15,7 @@ from typing import Literal, cast
 from torch import nn
 
 from unweave._errors import UnweaveError, nearest
-from unweave.models.aliases import FAMILIES, aliases, is_alias
+from unweave.models.aliases import FAMILIES, aliases, is_alias, tl_name
 from unweave.models.hooks import Hook
 
 
@@ -61,11 +61,11 @@ def _lookup(module: nn.Module, name: str, paths: list[str], known: dict[str, str
     pattern, colon, side = name.partition(":")
     if colon and side not in ("in", "out"):
         raise UnweaveError(f"hook {name!r} ends in {':' + side!r}, where only ':in' and ':out' exist")
-    if whole := [path for path in paths if _fits(path, pattern)]:
+    if whole := [path for path in paths if fits(path, pattern)]:
         return [_hook(path, side) for path in whole]
-    if not colon and (named := [place for alias, place in known.items() if _fits(alias, pattern)]):
+    if not colon and (named := [place for alias, place in known.items() if fits(alias, pattern)]):
         return [_hook(*place.split(":")) for place in named]
-    ends = [path for path in paths if _fits(_end(path, pattern), pattern)]
+    ends = [path for path in paths if fits(end_of(path, pattern), pattern)]
     if not ends:
         hint = _hint(module, pattern, paths, known)
         raise UnweaveError(f"hook {name!r} matches nothing in {type(module).__name__}{hint}")
@@ -105,12 +105,13 @@ def _hook(path: str, side: str = "") -> Hook:
     return Hook(path, cast('Literal["in", "out"]', side or "out"))
 
 
-def _end(path: str, pattern: str) -> str:
+def end_of(path: str, pattern: str) -> str:
     """As many of the last components of `path` as `pattern` has."""
     return ".".join(path.split(".")[-len(pattern.split(".")) :])
 
 
-def _fits(path: str, pattern: str) -> bool:
+def fits(path: str, pattern: str) -> bool:
+    """Whether a path has as many components as a pattern, and each is what the pattern says of it."""
     parts, patterns = path.split("."), pattern.split(".")
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
@@ -122,9 +123,19 @@ def _hint(module: nn.Module, pattern: str, paths: list[str], known: dict[str, st
     if is_alias(pattern) and not known:
         families = ", ".join(FAMILIES)
         return f", for aliases need one stack of blocks of a known class ({families}); name the module's path instead"
-    names = list(dict.fromkeys([*known, *paths, *(_end(path, pattern) for path in paths)]))
+    names = list(dict.fromkeys([*known, *paths, *(end_of(path, pattern) for path in paths)]))
     numbered = ".".join("*" if part.isdigit() else part for part in pattern.split("."))
-    if numbered != pattern and (siblings := [name for name in names if _fits(name, numbered)]):
+    if numbered != pattern and (siblings := [name for name in names if fits(name, numbered)]):
         return f"; there are {siblings[0]!r} to {siblings[-1]!r}"
     children = ", ".join(repr(name) for name, _ in module.named_children())
     return nearest(pattern, names) or f"; its modules are {children} and what is in them"
+
+
+def head_index(module: nn.Module, hook: Hook) -> int | None:
+    """The number of the head that a hook reads, if it reads one head of what attention mixes (`hook_z`)."""
+    whole = replace(hook, columns=None)
+    if hook.columns is None or not str(tl_name(module, whole)).endswith("hook_z"):
+        return None
+    width, _ = head_shape(module, whole)
+    head, rest = divmod(hook.columns[0], width)
+    return head if rest == 0 and hook.columns[1] - hook.columns[0] == width else None

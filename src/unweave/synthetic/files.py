@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 SYNTHETIC_MODEL_CONFIG_FILENAME = "synthetic_model_config.json"
 SYNTHETIC_MODEL_WEIGHTS_FILENAME = "synthetic_model.safetensors"
 SYNTHETIC_MODEL_HIERARCHY_FILENAME = "hierarchy.json"
+MODEL_FILES = (
+    SYNTHETIC_MODEL_CONFIG_FILENAME, SYNTHETIC_MODEL_WEIGHTS_FILENAME, SYNTHETIC_MODEL_HIERARCHY_FILENAME,
+)  # fmt: skip
 
 _NEEDED = ("feature_vectors", "bias", "firing_probabilities")
 

@@ -10,11 +10,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from unweave._errors import UnweaveError
+from unweave._late import late
 from unweave.sae.codes import SparseCodes
 from unweave.synthetic.arguments import to_dtype
 from unweave.synthetic.correlation import LowRankCorrelationMatrix, generate_random_low_rank_correlation_matrix
 from unweave.synthetic.dictionary import FeatureDictionary, orthogonal_initializer
-from unweave.synthetic.files import read_model, write_model
+from unweave.synthetic.files import MODEL_FILES, read_model, write_model
 from unweave.synthetic.forms import to_coo, to_dense
 from unweave.synthetic.generator import ActivationGenerator
 from unweave.synthetic.hierarchy import Hierarchy, generate_hierarchy
@@ -199,14 +200,17 @@ class SyntheticModel(nn.Module):
     def from_pretrained(
         cls, repo_id: str | Path, model_path: str | None = None, device: torch.device | str = "cpu"
     ) -> Self:
-        """A saved model from a local folder.
+        """A saved model from a local folder, or from a repository on the Hub.
 
         Args:
-            repo_id: The folder.
+            repo_id: The folder; or where there is none of this name, the repository (OWNER/NAME).
             model_path: A folder below it.
             device: Where features and hidden activations are.
 
         Raises:
-            UnweaveError: As in `load_from_disk`.
+            UnweaveError: As in `load_from_disk`, or the repository cannot be read.
         """
-        return cls(Path(repo_id) / (model_path or ""), device=device)
+        folder = Path(repo_id)
+        if isinstance(repo_id, str) and repo_id.count("/") == 1 and not folder.exists():
+            return cls(late("pull")(repo_id, model_path or "", only=MODEL_FILES), device=device)
+        return cls(folder / (model_path or ""), device=device)

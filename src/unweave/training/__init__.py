@@ -6,6 +6,7 @@ from unweave.training.controller import L0Controller
 from unweave.training.end_to_end import train_end_to_end
 from unweave.training.finetune import finetune
 from unweave.training.finish import calibrate_threshold
+from unweave.training.plan import Plan, plan
 from unweave.training.resampling import Resampling
 from unweave.training.train import TrainResult, train
 from unweave.training.train_on import train_on
@@ -13,6 +14,7 @@ from unweave.training.trainer import TrainingInterrupted
 
 __all__ = [
     "L0Controller",
+    "Plan",
     "Resampling",
     "SAEConfig",
     "TrainConfig",
@@ -20,6 +22,7 @@ __all__ = [
     "TrainingInterrupted",
     "calibrate_threshold",
     "finetune",
+    "plan",
     "recipes",
     "train",
     "train_end_to_end",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from unweave._errors import UnweaveError
-from unweave.activations import DataConfig, MaskConfig
+from unweave.activations import DataConfig, ImageConfig, MaskConfig
 from unweave.objectives import (
     PENALTIES,
     AuxK,
@@ -57,7 +57,9 @@ class SAEConfig:
         multi_topk: A second reconstruction with a larger k (TopK, BatchTopK).
         k_schedule: Anneals k from a larger one down to the activation function's.
         lr: Learning rate of Adam. None: `2e-4 / sqrt(d_sae / 2**14)` (the width rule of Gao et al.).
-        threshold_lr: Learning rate of JumpReLU thresholds, which move by about this much a step.
+        threshold_lr: Learning rate of JumpReLU thresholds, which move by about this much a step. None: `lr *
+            sqrt(d_in)`, which is `lr` at a mean squared norm of 1 as in Gemma Scope, but at most a tenth of the
+            bandwidth, so that a step does not jump over what it sees.
         threshold_schedule: Multiplies the learning rate of thresholds, beside the schedule of all learning rates.
         betas: Adam's decay rates.
         warmup: Share of the run over which the learning rate rises linearly.
@@ -98,7 +100,7 @@ class SAEConfig:
     multi_topk: MultiTopK | None = None
     k_schedule: KSchedule | None = None
     lr: float | None = None
-    threshold_lr: float = 1e-3
+    threshold_lr: float | None = None
     threshold_schedule: Schedule | None = None
     betas: tuple[float, float] = (0.9, 0.999)
     warmup: float = 0.05
@@ -157,6 +159,12 @@ class SAEConfig:
     def learning_rate(self) -> float:
         return self.lr if self.lr is not None else 2e-4 / (self.d_sae / 2**14) ** 0.5
 
+    def threshold_rate(self, d_in: int) -> float:
+        """Learning rate of thresholds at a width."""
+        if self.threshold_lr is not None:
+            return self.threshold_lr
+        return min(self.learning_rate * d_in**0.5, 0.1 * getattr(self.activation, "bandwidth", float("inf")))
+
     @property
     def decoder_is_unit(self) -> bool:
         if self.unit_norm is not None:
@@ -180,8 +188,10 @@ class TrainConfig:
     """A training run on the activations of a model.
 
     Attributes:
-        model: "demo" (the model that ships with unweave), a Hugging Face name, or a local folder.
-        data: "stdlib" (text that every Python carries), a file or folder of text, or a Hugging Face dataset.
+        model: "demo" or "demo-vit" (the models that ship with unweave), a Hugging Face name, or a local folder.
+        data: "stdlib" (text that every Python carries), a file or folder of text, or a Hugging Face dataset; for a
+            vision model "digits" (scikit-learn's), a folder of images, or a Hugging Face dataset of them. Or a folder
+            of tokens or a cache of activations: then no pass of the model is made for training.
         hooks: Where the activations are taken, by module path, glob or alias. Every SAE is trained at each of them.
         targets: What transcoders and cross-layer transcoders predict, named alike: the first target belongs to the
             first hook, in the order of the model's modules.
@@ -189,13 +199,22 @@ class TrainConfig:
         tokens: Tokens to train on, after masking.
         batch_size: Tokens in an optimiser step.
         out: Folder for the SAEs, `metrics.jsonl`, `config.json` and checkpoints; None writes nothing.
-        buffer: Tokens in the shuffling ring; None: 32 batches.
-        prompts_per_pass: Rows of tokens in one forward pass of the model.
+        buffer: Tokens in the shuffling ring; None: 32 batches, from a cache 128; a shorter run has no more
+            than its tokens, so that it need not wait for more.
+        prompts_per_pass: Rows of tokens in one forward pass of the model. None: as many as are fast and fit; see
+            `unweave.activations.ActivationStream`.
+        model_precision: What the model runs in: "fp32", "bf16", or "auto" for bf16 where the hardware is faster at it
+            and a model in fp32 is large enough to gain (its matrices have 256 rows and columns or more), else the
+            type that its weights have. The model itself stays as it is; what runs is a copy.
+        background: Whether the model runs ahead in a thread of its own, with the same results. "auto": where it runs
+            on a GPU; on a CPU it would only compete with the training step for the cores.
         checkpoint_every: Tokens between checkpoints, besides the one at an interruption; None: none.
         text: How text becomes rows of tokens, and which share of the documents is held out.
+        images: How images become rows of tokens, and which share of them is held out.
         masks: Which tokens are left out.
         seed: Every random choice follows from it.
         device: Where to run; None: a GPU if there is one.
+        model_device: Where to run the model, if that is another device.
     """
 
     model: str = "demo"
@@ -207,12 +226,16 @@ class TrainConfig:
     batch_size: int = 4096
     out: str | None = None
     buffer: int | None = None
-    prompts_per_pass: int = 32
+    prompts_per_pass: int | None = None
+    model_precision: Literal["auto", "fp32", "bf16"] = "auto"
+    background: Literal["auto", True, False] = "auto"
     checkpoint_every: int | None = None
     text: DataConfig = field(default_factory=DataConfig)
+    images: ImageConfig = field(default_factory=ImageConfig)
     masks: MaskConfig = field(default_factory=MaskConfig)
     seed: int = 0
     device: str | None = None
+    model_device: str | None = None
 
     def __post_init__(self) -> None:
         # Lists are what JSON, TOML and most callers bring.
@@ -227,6 +250,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UnweaveError(f"{name} must be at least 1, got {value}.")
+        for name, allowed in (("model_precision", ("auto", "fp32", "bf16")), ("background", (True, False, "auto"))):
+            if getattr(self, name) not in allowed:
+                raise UnweaveError(f"{name} is one of {allowed}, not {getattr(self, name)!r}.")
         if not self.hooks or not self.saes:
             raise UnweaveError("a training run needs at least one hook and one SAE.")
         check_sites(self.saes, self.targets)
@@ -235,4 +261,4 @@ class TrainConfig:
     @property
     def ring_size(self) -> int:
         """Tokens in the shuffling ring: never fewer than a batch."""
-        return max(self.buffer or 32 * self.batch_size, self.batch_size)
+        return max(self.buffer or min(32 * self.batch_size, self.tokens), self.batch_size)

@@ -64,7 +64,11 @@ class Site:
 
     def widths(self, batch: Mapping[str, Float[Tensor, "n d"]]) -> tuple[dict[str, int], dict[str, int]]:
         """Width at each input, and at each target."""
-        return {h: batch[h].shape[1] for h in self.inputs}, {h: batch[h].shape[1] for h in self.targets}
+        return self.widths_of({name: x.shape[1] for name, x in batch.items()})
+
+    def widths_of(self, widths: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+        """Those widths that are at its inputs, and at its targets."""
+        return {h: widths[h] for h in self.inputs}, {h: widths[h] for h in self.targets}
 
 
 def _side_by_side(batch: Mapping[str, Tensor], hooks: Sequence[str]) -> Tensor:

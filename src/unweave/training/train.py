@@ -1,7 +1,8 @@
-"""The main job: from a model and text to trained SAEs on disk.
+"""The main job: from a model and text or images to trained SAEs on disk.
 
-    text -> tokens -> activations at every hook in one pass -> masks -> shuffling ring -> the training loop -> folders
+    data -> tokens -> activations at every hook in one pass -> masks -> shuffling ring -> the training loop -> folders
 
+From a cache of activations, reading takes the place of all that comes before the loop.
 A run is a function of its config. `resume=True` goes on from the last checkpoint and ends bit-equal to a run that was
 never interrupted (on the same machine with the same number of threads).
 """
@@ -10,8 +11,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +23,17 @@ from torch import Tensor
 
 from unweave._errors import UnweaveError
 from unweave._files import write_json
-from unweave.activations import ActivationStream, ShuffledBatches, TokenRows
-from unweave.models import LoadedModel, head_shape, load_model, resolve_hooks, tl_name
+from unweave.activations import ActivationStream, ShuffledBatches
+from unweave.models import LoadedModel, dtype_of, head_index, load_model, resolve_hooks, tl_name
 from unweave.sae import SAE
+from unweave.training.cached import CachedSession, cached_data
 from unweave.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from unweave.training.config import TrainConfig, from_dict, to_dict
 from unweave.training.finish import finished_sae, save_finished
+from unweave.training.harvest import ahead_of, live_stream
 from unweave.training.plan import CALIBRATION_TOKENS, Plan, plan_run
 from unweave.training.progress import say
+from unweave.training.rows import AnyRows, as_tokenized, held_out_share, open_rows, rows_metadata
 from unweave.training.sites import Site, sites_of, where
 from unweave.training.trainees import trainees_at
 from unweave.training.trainer import Run, fit
@@ -41,13 +47,18 @@ class TrainResult:
         saes: The trained SAEs: all configs at the first hook, then at the second, and so on.
         folders: Where each was saved; empty if the run had no folder.
         history: The rows of `metrics.jsonl`.
-        model: The model that was used.
     """
 
     saes: list[SAE]
     folders: list[Path]
     history: list[dict[str, Any]]
-    model: LoadedModel
+    session: Session | CachedSession = field(repr=False)
+    """What was trained on."""
+
+    @property
+    def model(self) -> Any:
+        """The `LoadedModel` that was used. After training from a cache it is loaded now; None if it is not here."""
+        return self.session.model
 
 
 @dataclass
@@ -58,40 +69,62 @@ class Session:
     model: LoadedModel
     sites: list[list[Site]]
     """Of each SAE of the config."""
-    rows: TokenRows
+    rows: AnyRows
     stream: ActivationStream
     data: Any
 
-    def plan(self) -> Plan:
-        """Shapes, steps, bytes and time, measured on some forward passes and steps."""
-        return plan_run(self.config, self.stream, self.sites)
+    def plan(self, seconds: float = 0.0) -> Plan:
+        """Shapes, steps, bytes and time, measured on some forward passes (for `seconds`, at least) and steps."""
+        return plan_run(self.config, self.stream, self.sites, seconds)
+
+    @contextmanager
+    def batches(self) -> Iterator[ShuffledBatches]:
+        """Shuffled batches without end, the model running ahead if it is to."""
+        with ahead_of(self.config, self.stream) as stream:
+            yield ShuffledBatches(stream, self.config.batch_size, self.config.ring_size, self.config.seed)
+
+    def held_out(self) -> dict[str, Tensor]:
+        """Activations of held-out documents (of training ones if the text was given as training text alone)."""
+        return _held_out_activations(self)
+
+    def metadata(self, site: Site) -> dict[str, Any]:
+        """Where an SAE comes from."""
+        return _metadata(self, site)
 
 
-def prepare(config: TrainConfig, model: Any = None, data: Any = None) -> Session:
-    """Load the model, open the text, and resolve the hooks; raises UnweaveError where one of them is wrong."""
-    loaded = model if isinstance(model, LoadedModel) else load_model(model or config.model, device=config.device)
-    if loaded.tokenizer is None:
-        raise UnweaveError(
-            f"the model {loaded.name!r} has no tokenizer; train on its activations with train_on instead."
-        )
+def prepare(config: TrainConfig, model: Any = None, data: Any = None) -> Session | CachedSession:
+    """Load the model, open the data, and resolve the hooks; raises UnweaveError where one of them is wrong.
+
+    From a cache, the model is only loaded if something asks for it.
+    """
+    if (cached := cached_data(config.data if data is None else data)) is not None:
+        return CachedSession.of(config, cached, model)
+    loaded = (
+        model
+        if isinstance(model, LoadedModel)
+        else load_model(model or config.model, device=config.model_device or config.device)
+    )
     hooks = [str(hook) for hook in resolve_hooks(loaded.module, config.hooks)]
     targets = [str(hook) for hook in resolve_hooks(loaded.module, config.targets)]
     sites = [sites_of(sae, hooks, targets) for sae in config.saes]
     data = config.data if data is None else data
-    rows = TokenRows(data, loaded.tokenizer, config.text, held_out=False, repeat=True)
-    if config.text.held_out > 0:
+    if loaded.vision is None:
+        config = replace(config, text=as_tokenized(data, config.text))
+    rows = open_rows(data, loaded, config, held_out=False, repeat=True)
+    if held_out_share(loaded, config) > 0:
+        rows.peek(1)  # what is wrong with all of the data is not to be taken for a fault of the held-out side
         _check_held_out(data, loaded, config)
     places = resolve_hooks(loaded.module, list(dict.fromkeys([*hooks, *targets])))
-    stream = ActivationStream(loaded, places, rows, config.masks, prompts_per_pass=config.prompts_per_pass)
+    stream = live_stream(config, loaded, places, rows)
     return Session(config, loaded, sites, rows, stream, data)
 
 
 def _check_held_out(data: Any, model: LoadedModel, config: TrainConfig) -> None:
-    """Find out before training, not after it, whether there is text to evaluate on."""
+    """Find out before training, not after it, whether there is anything to evaluate on."""
     try:
-        TokenRows(data, model.tokenizer, config.text, held_out=True).peek(1)
+        open_rows(data, model, config, held_out=True).peek(1)
     except UnweaveError as error:
-        raise UnweaveError(f"{str(error).rstrip('.')}; with held_out=0 all of the text is trained on.") from error
+        raise UnweaveError(f"{str(error).rstrip('.')}; with held_out=0 all of the data are trained on.") from error
 
 
 def train(
@@ -108,7 +141,8 @@ def train(
     Args:
         config: The run.
         model: A model that is loaded already, in place of `config.model`.
-        data: Texts or tokens that are in memory, in place of `config.data`; anything that `TokenRows` takes.
+        data: Texts, tokens or images that are in memory, in place of `config.data`; anything that `TokenRows` or, for
+            a vision model, `ImageRows` takes. A cache, or any `Store`: then no pass of the model is made.
         resume: Go on from the checkpoint in `config.out`.
         overwrite: Replace what `config.out` holds.
         progress: Whether to show the plan and the progress on standard error.
@@ -123,60 +157,64 @@ def train(
     out = Path(config.out) if config.out is not None else None
     checkpoint = _check_folder(config, out, resume=resume, overwrite=overwrite)
     session = prepare(config, model, data)
+    plan = session.plan()
+    plan.check()
     if progress:
-        say(str(session.plan()))
+        say(str(plan))
 
-    batches = ShuffledBatches(session.stream, config.batch_size, config.ring_size, config.seed)
-    state = load_checkpoint(checkpoint) if checkpoint else None
-    if state is not None:
-        batches.load_state_dict(state["stream"])
-    steps, sample = -(-config.tokens // config.batch_size), batches.peek(CALIBRATION_TOKENS)
-    trainees = trainees_at(config.saes, session.sites, sample, steps=steps, tokens=config.tokens, seed=config.seed)
-    run = Run(trainees, config.tokens, out, sites={str(site): site for group in session.sites for site in group})
-    if state is not None:
-        run.load_state_dict(state["run"])
-    del state, sample  # as large as the ring
-    if out is not None:
-        _claim_folder(config, out, keep=resume)
-    fit(
-        run,
-        iter(batches),
-        progress=progress,
-        checkpoint_every=config.checkpoint_every,
-        stream_state=batches.state_dict,
-        how_to_resume="Go on with the same command and --resume.",
-    )
-    return _finish(session, run, out, batches.state_dict)
+    with session.batches() as batches:
+        state_now = partial(batches.state_dict, copy=False)  # it is written at once, and as large as the ring
+        state = load_checkpoint(checkpoint) if checkpoint else None
+        if state is not None:
+            batches.load_state_dict(state["stream"])
+        steps, sample = -(-config.tokens // config.batch_size), batches.peek(CALIBRATION_TOKENS)
+        trainees = trainees_at(config.saes, session.sites, sample, steps=steps, tokens=config.tokens, seed=config.seed)
+        run = Run(trainees, config.tokens, out, sites={str(site): site for group in session.sites for site in group})
+        if state is not None:
+            run.load_state_dict(state["run"])
+        del state, sample  # as large as the ring
+        if out is not None:
+            _claim_folder(config, out, keep=resume)
+        fit(
+            run,
+            iter(batches),
+            progress=progress,
+            checkpoint_every=config.checkpoint_every,
+            stream_state=state_now,
+            how_to_resume="Go on with the same command and --resume.",
+        )
+        if out is not None:  # whatever happens from here on, the training is not lost
+            save_checkpoint(out / "checkpoints", run.step, {"run": run.state_dict(), "stream": state_now()})
+    del batches, state_now
+    return _finish(session, run, out)
 
 
-def _finish(session: Session, run: Run, out: Path | None, stream_state: Callable[[], dict[str, Any]]) -> TrainResult:
-    if out is not None:  # whatever happens from here on, the training is not lost
-        save_checkpoint(out / "checkpoints", run.step, {"run": run.state_dict(), "stream": stream_state()})
+def _finish(session: Session | CachedSession, run: Run, out: Path | None) -> TrainResult:
     needed = any(trainee.sae.activation.calibrated for group in run.trainees.values() for trainee in group)
-    held_out = _held_out_activations(session) if needed else {}
+    held_out = session.held_out() if needed else {}
     only = sum(map(len, run.trainees.values())) == 1
     saes, folders = [], []
     for name, group in run.trainees.items():
         site = run.sites[name]
         calibration = [site.rows(held_out).x] if held_out else []
         for i, trainee in enumerate(group):
-            sae = finished_sae(trainee, calibration, _metadata(session, site))
+            sae = finished_sae(trainee, calibration, session.metadata(site))
             saes.append(sae)
             if out is not None:
                 folder = out / "sae" if only else out / "saes" / site.folder / f"{i:02d}_{sae.activation.name}"
                 folders.append(save_finished(sae, trainee.config, folder))
     if out is not None:
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    return TrainResult(saes, folders, run.history, session.model)
+    return TrainResult(saes, folders, run.history, session)
 
 
 def _held_out_activations(session: Session) -> dict[str, Tensor]:
     """Activations of held-out documents (of training ones if the text was given as training text alone)."""
     config = session.config
-    held_out = config.text.held_out > 0
-    rows = TokenRows(session.data, session.model.tokenizer, config.text, held_out=held_out)
+    rows = open_rows(session.data, session.model, config, held_out=held_out_share(session.model, config) > 0)
     hooks = session.stream.hooks
-    stream = ActivationStream(session.model, hooks, rows, config.masks, prompts_per_pass=config.prompts_per_pass)
+    at, n = session.stream.device, config.prompts_per_pass
+    stream = ActivationStream(session.model, hooks, rows, config.masks, n, device=at)
     parts: list[dict[str, Tensor]] = []
     for part in stream:
         parts.append(part)
@@ -194,29 +232,18 @@ def _metadata(session: Session, site: Site) -> dict[str, Any]:
         "model_name": session.model.name,
         "model_class_name": type(session.model.module).__name__,
         **where(site, names),
-        "hook_head_index": _head(session, site),
-        "context_size": config.text.context,
-        "prepend_bos": config.text.bos,
+        "hook_head_index": head_index(module, next(h for h in session.stream.hooks if str(h) == site.inputs[0])),
+        "context_size": session.rows.context,
         "dataset_path": config.data if session.data is config.data else None,
         "seqpos_slice": [None],
         "exclude_special_tokens": config.masks.special_tokens,
-        "text": to_dict(config.text),
+        **rows_metadata(session.model, config),
         "masks": to_dict(config.masks),
+        "model_precision": str(dtype_of(session.stream.model.module)).removeprefix("torch."),
         "training_tokens": config.tokens,
         "training_epochs": session.rows.epoch + 1,
         "seed": config.seed,
     }
-
-
-def _head(session: Session, site: Site) -> int | None:
-    """The number of the head that an SAE is trained on, if its hook is one head of what attention mixes."""
-    hook = next(hook for hook in session.stream.hooks if str(hook) == site.inputs[0])
-    whole = replace(hook, columns=None)
-    if hook.columns is None or not str(tl_name(session.model.module, whole)).endswith("hook_z"):
-        return None
-    width, _ = head_shape(session.model.module, whole)
-    head, rest = divmod(hook.columns[0], width)
-    return head if rest == 0 and hook.columns[1] - hook.columns[0] == width else None
 
 
 def _check_folder(config: TrainConfig, out: Path | None, *, resume: bool, overwrite: bool) -> Path | None:
