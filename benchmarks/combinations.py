@@ -183,8 +183,11 @@ def trained(case: Case, made: Tensor) -> SAE:
         case: The row.
         made: What `activations` gave for it.
     """
-    config, tokens = config_of(case), case.problem.tokens
-    (sae,) = train_on(made.split(batch_of(case)), [config], tokens=tokens, seed=case.seed, progress=False)
+    config, batch, tokens = config_of(case), batch_of(case), case.problem.tokens
+    if batch > case.problem.batch or case.objective == "temporal":  # as many steps as the others, all of them whole
+        tokens = tokens // case.problem.batch * batch
+    batches = itertools.chain.from_iterable(itertools.repeat(made.split(batch)))
+    (sae,) = train_on(batches, [config], tokens=tokens, seed=case.seed, progress=False)
     if case.objective not in END_TO_END:
         return sae
     run, fine = session(), dataclasses.replace(config, lr=FINE_LR)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from unweave.sae import SAE, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK, T
 
 # Some of them warn while they are imported, which is no concern of ours.
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("default")]
+
+os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # which sparsify otherwise decodes with wherever it is installed
 
 D, M, K = 16, 64, 5
 
