@@ -173,11 +173,13 @@ def test_equals_autograd_and_dense_float64(dense_loss, problem, scale):
     assume(distance_to_a_tie(trainee, x) > 2e-5)
     parameters = dict(trainee.sae.named_parameters())
     step = run(trainee, x, scale)
-    compare(step, trainee._autograd(x, scale), parameters)
+    plain = trainee._autograd(x, scale)
+    compare(step, plain, parameters)
 
     twin = doubled(trainee)
     loss = dense_loss(twin, x.double(), scale)
-    torch.testing.assert_close(step.loss.double(), loss.detach(), rtol=5e-5, atol=0)  # roots of small codes
+    rounding = float((plain.loss.double() - loss.detach()).abs())  # of float32 itself, in the step that is not fused
+    torch.testing.assert_close(step.loss.double(), loss.detach(), rtol=1e-5, atol=2 * rounding)
     loss.backward()
     exact = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in twin.sae.named_parameters()}
     if trainee.config.decoder_is_unit:
