@@ -43,28 +43,39 @@ struct Images {
     int8_t *bytes;          // int8 rows
     float *byte_scales;     // the worth of one unit
     float *byte_errors;     // |w - its int8 row|
+    int8_t *rest;           // what that leaves, in int8 rows whose unit is FINER times as small
+    float *rest_errors;     // |w - both int8 rows|
 };
 
-// |row - image * scale|, or |row| if there is no image.
+constexpr float FINER = 254;  // what rounding leaves is at most half a unit
+
+// |row - (image + rest / FINER) * scale|, where what is null is 0.
 template <class T>
-float norm_of_difference(const float *row, const T *image, float scale, int64_t d) {
+float norm_of_difference(const float *row, const T *image, float scale, int64_t d, const int8_t *rest = nullptr) {
+    constexpr float unit = 1 / FINER;
     Vec total{};
-    float rest = 0;
+    float tail = 0;
     int64_t c = 0;
     for (; c + LANES <= d; c += LANES) {
-        const Vec delta = image ? load(row + c) - load(image + c) * scale : load(row + c);
+        Vec delta = load(row + c);
+        if (rest)
+            delta -= (load(image + c) + load(rest + c) * unit) * scale;
+        else if (image)
+            delta -= load(image + c) * scale;
         total += delta * delta;
     }
     for (; c < d; c++) {
-        const float delta = image ? row[c] - value(image[c]) * scale : row[c];
-        rest += delta * delta;
+        const float taken = (image ? value(image[c]) : 0) + (rest ? value(rest[c]) * unit : 0);
+        const float delta = row[c] - taken * scale;
+        tail += delta * delta;
     }
-    const float squares = sum(total) + rest;
+    const float squares = sum(total) + tail;
     if (squares > 1e-20f && squares < 1e30f) return std::sqrt(squares);
     // Squares of very small or very large numbers leave fp32's range; a norm that is too small would be no bound.
     double exact = 0;
     for (c = 0; c < d; c++) {
-        const double delta = image ? double(row[c]) - double(value(image[c])) * scale : row[c];
+        const double taken = (image ? value(image[c]) : 0) + (rest ? rest[c] / double(FINER) : 0);
+        const double delta = row[c] - taken * scale;
         exact += delta * delta;
     }
     return float(std::sqrt(exact));
@@ -80,7 +91,7 @@ inline void images_of_row(const float *row, int64_t j, int64_t d, const Images &
         into.half_errors[j] = norm_of_difference(row, half, 1, d);
     }
     if (into.bytes) {
-        int8_t *bytes = into.bytes + j * d;
+        int8_t *bytes = into.bytes + j * d, *rest = into.rest + j * d;
         Vec most{};
         float largest = 0;
         int64_t c = 0;
@@ -90,16 +101,21 @@ inline void images_of_row(const float *row, int64_t j, int64_t d, const Images &
         // Rows too small to divide by are taken as 0; their error is then their norm.
         const float scale = largest / 127, inverse = scale > 1e-30f ? 1 / scale : 0;
         const float limit = 127.0f;
+        const auto clipped = [&](auto v, auto most) { return v > most ? most : v < -most ? -most : v; };
+        const auto nearest = [](float v) { return int8_t(v < 0 ? v - 0.5f : v + 0.5f); };
         for (c = 0; c + LANES <= d; c += LANES) {
-            const Vec v = load(row + c) * inverse;
-            store_rounded(bytes + c, v > limit ? all(limit) : v < -limit ? all(-limit) : v);
+            const Vec v = clipped(load(row + c) * inverse, all(limit));
+            store_rounded(bytes + c, v);
+            store_rounded(rest + c, clipped((v - load(bytes + c)) * FINER, all(limit)));
         }
         for (; c < d; c++) {
-            const float v = row[c] * inverse;
-            bytes[c] = int8_t(v > limit ? limit : v < -limit ? -limit : v < 0 ? v - 0.5f : v + 0.5f);
+            const float v = clipped(row[c] * inverse, limit);
+            bytes[c] = nearest(v);
+            rest[c] = nearest(clipped((v - bytes[c]) * FINER, limit));
         }
         into.byte_scales[j] = scale;
         into.byte_errors[j] = norm_of_difference(row, bytes, scale, d);
+        into.rest_errors[j] = norm_of_difference(row, bytes, scale, d, rest);
     }
 }
 

@@ -7,19 +7,20 @@
 //
 // With x = x' + dx and w = w' + dw, where x' and w' are what the product took, Cauchy-Schwarz bounds the error:
 //     |x . w - x' . w'| <= |dx| |w| + |x'| |dw| + rounding of the sums
-// An int8 product leaves so many candidates that they are computed with the weights' bf16 rows first, of half the bytes.
+// An int8 product leaves many candidates. Their values are improved first with what rounding to int8 left of x and w,
+// also in int8: that takes half the bytes of an fp32 row, and hardly ever leaves more candidates than are selected.
 #pragma once
 
 #include <cstdlib>
 
-#include "vectors.h"
+#include "optimizer.h"
 
 namespace {
 
 constexpr float INF = __builtin_inff();
 constexpr int MAX_LANES = 4096;
 
-enum Stage : int32_t { SCREENED, MIDDLE, EXACT };
+enum Stage : int32_t { SCREENED, FINER_SCREENED, EXACT };
 
 struct Candidate {
     float value, slack;
@@ -53,14 +54,14 @@ struct Collector {
 struct Screen {
     const float *bias, *norms, *errors;   // of each latent: bias, |w|, |dw|
     const float *scales;                  // of each latent: the worth of one unit of w' (int8)
-    const void *middle;                   // the weights' rows in bf16, where the product was in int8; else null
-    const float *middle_errors;           // of each latent: |w - its bf16 row|
+    const int8_t *bytes, *rest;           // w' and what it leaves of w, where the product was in int8; else null
+    const float *rest_errors;             // of each latent: what both leave
     const float *by_norm, *by_error;      // of each row: the factors of |w| and |dw| in the slack
-    const void *middle_x;                 // the rows of x in bf16, for the candidates
-    const float *by_middle, *by_middle_error;  // of each row: the factors of |w| and |dw| for bf16 rows
+    const int8_t *row_bytes, *row_rest;   // x' and what it leaves of x
     const float *row_scales;              // of each row: the worth of one unit of x' (int8)
+    const float *finer_by_norm, *finer_by_error, *finer_by_rest;  // the factors of |w|, |dw| and the rest's error
     float rel;                            // rounding of the stored product
-    float max_bias, max_norm, max_error, max_middle_error;
+    float max_bias, max_norm, max_error, max_rest_error;
 
     // The slack's own rounding, and products below the smallest normal number.
     static float safe(float slack) { return slack * 1.00001f + 1e-35f; }
@@ -71,11 +72,14 @@ struct Screen {
     float largest_slack(int64_t row, float v) const {
         return safe(by_norm[row] * max_norm + by_error[row] * max_error + rel * (std::fabs(v) + max_bias));
     }
-    float largest_middle_slack(int64_t row) const {
-        return safe(by_middle[row] * max_norm + by_middle_error[row] * max_middle_error);
+    // The same once the rests are added.
+    float finer_slack(int64_t row, int64_t j, float v) const {
+        return safe(finer_by_norm[row] * norms[j] + finer_by_error[row] * errors[j] +
+                    finer_by_rest[row] * rest_errors[j] + rel * (std::fabs(v) + std::fabs(bias[j])));
     }
-    float middle_slack(int64_t row, int64_t j) const {
-        return safe(by_middle[row] * norms[j] + by_middle_error[row] * middle_errors[j]);
+    float largest_finer_slack(int64_t row, float v) const {
+        return safe(finer_by_norm[row] * max_norm + finer_by_error[row] * max_error +
+                    finer_by_rest[row] * max_rest_error + rel * (std::fabs(v) + max_bias));
     }
 };
 
@@ -236,56 +240,89 @@ void compute_exactly(Row &row, int64_t i, const float *x, const float *weight, i
     }
 }
 
-// Compute all screened candidates again with bf16 rows. These are many, so it goes block by block through the latents: a
-// weight's row is fetched once for all the rows of x that want it.
-inline void compute_middle(Collector &collector, int64_t m, int64_t d, const Screen &s) {
-    const bf16 *x = static_cast<const bf16 *>(s.middle_x), *weight = static_cast<const bf16 *>(s.middle);
-    const int64_t block = 1 + (96 << 10) / int64_t(d * sizeof(bf16)), parts = 16;
+// For every candidate, on any thread: act(its row's number, candidate). There are many, so it goes block by block through
+// the latents, whose rows take up `bytes` each: a block stays in cache while all the rows of x that want it come by, and
+// meanwhile fetch(latent) asks for the next one.
+template <class Fetch, class Act>
+void for_candidates(Collector &collector, int64_t m, int64_t bytes, const Fetch &fetch, const Act &act) {
+    struct Place {
+        int32_t row, at;
+    };
+    constexpr int64_t PARTS = 8;
+    int shift = 0;
+    while (bytes << (shift + 1) <= 96 << 10) shift++;
+    const int64_t blocks = (m >> shift) + 1;
 #pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t part = 0; part < parts; part++) {
-        const int64_t last = m * (part + 1) / parts;
-        int64_t start = m * part / parts;
-        // For each row, its next screened candidate and that one's latent.
-        int32_t *at = new int32_t[collector.n], *coming = new int32_t[collector.n];
-        const auto advance = [&](int64_t i, int64_t c) {
-            const Row &row = collector.rows[i];
-            while (c < row.count && row.at[c].stage != SCREENED) c++;
-            at[i] = int32_t(c);
-            coming[i] = c < row.count ? row.at[c].latent : INT32_MAX;
+    for (int64_t part = 0; part < PARTS; part++) {
+        const int64_t first = blocks * part / PARTS, last = blocks * (part + 1) / PARTS;
+        // A counting sort of this part's candidates by their blocks.
+        int64_t *ends = new int64_t[last - first + 1](), *from = new int64_t[collector.n];
+        const auto each = [&](const auto &take) {
+            for (int64_t i = 0; i < collector.n; i++) {
+                const Row &row = collector.rows[i];
+                for (int64_t c = from[i]; c < row.count && row.at[c].latent >> shift < last; c++)
+                    take(i, c, (row.at[c].latent >> shift) - first);
+            }
         };
         for (int64_t i = 0; i < collector.n; i++) {
             const Row &row = collector.rows[i];
             int64_t low = 0, high = row.count;
             while (low < high) {
                 const int64_t mid = (low + high) / 2;
-                if (row.at[mid].latent < start)
+                if (row.at[mid].latent >> shift < first)
                     low = mid + 1;
                 else
                     high = mid;
             }
-            advance(i, low);
+            from[i] = low;
         }
-        for (; start < last; start += block) {
-            const int64_t end = start + block < last ? start + block : last;
-            for (int64_t i = 0; i < collector.n; i++)
-                while (coming[i] < end) {
-                    Candidate &now = collector.rows[i].at[at[i]];
-                    const int64_t j = now.latent, next = j + block < m ? j + block : j;
-                    now.value = dot(x + i * d, weight + j * d, d, weight + next * d) + s.bias[j];
-                    now.slack = s.middle_slack(i, j);
-                    now.stage = MIDDLE;
-                    advance(i, at[i] + 1);
-                }
+        each([&](int64_t, int64_t, int64_t block) { ends[block + 1]++; });
+        for (int64_t block = 0; block < last - first; block++) ends[block + 1] += ends[block];
+        const int64_t count = ends[last - first];
+        Place *places = new Place[count];
+        each([&](int64_t i, int64_t c, int64_t block) { places[ends[block]++] = {int32_t(i), int32_t(c)}; });
+        int64_t next = 0;
+        for (int64_t t = 0; t < count; t++) {
+            const Place later = places[t + AHEAD < count ? t + AHEAD : t];
+            prefetch(collector.rows[later.row].at + later.at);
+            Candidate &now = collector.rows[places[t].row].at[places[t].at];
+            const int64_t start = ((now.latent >> shift) + 1) << shift, end = start + (1ll << shift);
+            next = next > start ? next : start;
+            if (next < end && next < m) fetch(next++);
+            act(places[t].row, now);
         }
-        delete[] at;
-        delete[] coming;
+        delete[] places;
+        delete[] from;
+        delete[] ends;
     }
+}
+
+// Add the rests to what all candidates are.
+inline void refine(Collector &collector, int64_t m, int64_t d, const Screen &s) {
+    int32_t *totals = new int32_t[collector.n];
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < collector.n; i++) {
+        totals[i] = 0;
+        for (int64_t c = i * d; c < (i + 1) * d; c++) totals[i] += s.row_bytes[c] + s.row_rest[c];
+    }
+    const auto fetch = [&](int64_t j) {
+        for (int64_t c = 0; c < d; c += 64) prefetch(s.bytes + j * d + c), prefetch(s.rest + j * d + c);
+    };
+    for_candidates(collector, m, 2 * d, fetch, [&](int64_t i, Candidate &now) {
+        const int64_t j = now.latent;
+        const int32_t added = dot_crosswise(s.row_bytes + i * d, s.row_rest + i * d, s.bytes + j * d, s.rest + j * d, d,
+                                            totals[i]);
+        now.value += float(added) * (s.row_scales[i] * s.scales[j] / FINER);
+        now.slack = s.finer_slack(i, j, now.value);
+        now.stage = FINER_SCREENED;
+    });
+    delete[] totals;
 }
 
 // Look at a tile (n, width) of screened products, whose first latent is `first`, for each row's k largest.
 //
 // An int8 product's slack is wide, and almost never used up. With a `guess` above 0, a row's floor is where its screened
-// values put it, less that share of the slack and what the bf16 rows will leave open: far fewer reach it. `finish_topk`
+// values put it, less that share of the slack and what the rests will leave open: far fewer reach it. `finish_topk`
 // finds out whether that was right.
 template <bool MAGNITUDE, class T>
 void scan_topk(Collector &collector, const T *tile, int64_t width, int64_t first, const Screen &s, int64_t k,
@@ -295,7 +332,7 @@ void scan_topk(Collector &collector, const T *tile, int64_t width, int64_t first
         const float seen = bound_by_lanes<MAGNITUDE>(p, width, k, keys);
         if (seen > -INF) {
             const float slack = s.largest_slack(i, seen);
-            const float floor = seen - (guess > 0 ? guess * slack + 1.1f * s.largest_middle_slack(i) : slack);
+            const float floor = seen - (guess > 0 ? guess * slack + 1.1f * s.largest_finer_slack(i, seen) : slack);
             if (floor > row.floor) row.floor = floor;
         }
         const float cut = row.floor > -INF ? cut_for(row.floor, s, i) : -INF;
@@ -307,8 +344,8 @@ void scan_topk(Collector &collector, const T *tile, int64_t width, int64_t first
             odd += v - v;  // 0, or NaN where v is not finite
             for (uint32_t hits = at_least(MAGNITUDE ? absolute(v) : v, bound); hits; hits &= hits - 1) {
                 const int64_t j = c + __builtin_ctz(hits);
-                const float x = p.at(j);
-                row.push({x, s.slack(i, first + j, x), int32_t(first + j), SCREENED});
+                const float x = p.at(j), slack = s.slack(i, first + j, x);
+                if (size_of(x, MAGNITUDE) + slack >= row.floor) row.push({x, slack, int32_t(first + j), SCREENED});
             }
         }
         float odd_rest = sum(odd);
@@ -328,9 +365,9 @@ inline int64_t finish_topk(Collector &collector, const float *x, const float *we
                            int64_t d, int64_t k, bool magnitude, bool guess, int64_t *indices, float *values) {
     const auto exact = [](const Candidate &c) { return c.stage == EXACT; };
     const auto any = [](const Candidate &) { return true; };
-    if (s.middle) {
+    if (s.rest) {
         if (!guess) for_rows(collector, [&](Row &row, int64_t, Keys &keys) { prune(row, k, magnitude, keys); });
-        compute_middle(collector, m, d, s);
+        refine(collector, m, d, s);
     }
     int64_t *wrong = new int64_t[collector.n]();
     for_rows(collector, [&](Row &row, int64_t i, Keys &keys) {
@@ -386,15 +423,17 @@ void scan_above(Collector &collector, const T *tile, int64_t width, int64_t firs
             const Vec slack = by_norm * load(norms + c) + by_error * load(errors + c) +
                               rel * (absolute(v) + absolute(load(bias + c))) + tiny;
             row.certain += __builtin_popcount(at_least(v - slack, load(bound + c)));
-            for (uint32_t hits = at_least(v + slack, load(bound + c)); hits; hits &= hits - 1)
-                row.push({0, 0, int32_t(first + c + __builtin_ctz(hits)), SCREENED});
+            for (uint32_t hits = at_least(v + slack, load(bound + c)); hits; hits &= hits - 1) {
+                const int64_t j = c + __builtin_ctz(hits);
+                row.push({p.at(j), 0, int32_t(first + j), SCREENED});
+            }
         }
         float odd_rest = sum(odd);
         for (; c < width; c++) {
             const float v = p.at(c);
             odd_rest += v - v;
             row.certain += v - s.slack(i, first + c, v) >= bound[c];
-            if (v + s.slack(i, first + c, v) >= bound[c]) row.push({0, 0, int32_t(first + c), SCREENED});
+            if (v + s.slack(i, first + c, v) >= bound[c]) row.push({v, 0, int32_t(first + c), SCREENED});
         }
         if (odd_rest != 0) row.finite = false;
     }
@@ -411,8 +450,8 @@ void keep_if(Row &row, const Keep &keep) {
 // Compute the candidates again in fp32 and keep those strictly above their bound; says how many each row keeps.
 inline void finish_above(Collector &collector, const float *x, const float *weight, const Screen &s, int64_t m,
                          int64_t d, const float *bounds, int64_t *counts) {
-    if (s.middle) {
-        compute_middle(collector, m, d, s);
+    if (s.rest) {
+        refine(collector, m, d, s);
         for_rows(collector, [&](Row &row, int64_t, Keys &) {
             keep_if(row, [&](const Candidate &c) { return c.value + c.slack >= bounds[c.latent]; });
         });
@@ -475,8 +514,8 @@ void scan_groups(Collector &collector, const T *tile, int64_t width, int64_t fir
 // The winner of each group, computed in fp32; among equal values the lowest latent.
 inline void finish_groups(Collector &collector, const float *x, const float *weight, const Screen &s, int64_t m,
                           int64_t d, int64_t groups, int64_t size, int64_t *indices, float *values) {
-    if (s.middle) {
-        compute_middle(collector, m, d, s);
+    if (s.rest) {
+        refine(collector, m, d, s);
         for_rows(collector, [&](Row &row, int64_t i, Keys &) {
             float *floor = values + i * groups;
             for (int64_t g = 0; g < groups; g++) floor[g] = -INF;

@@ -7,7 +7,7 @@
 #endif
 
 // Changes with the signature or the meaning of any exported function; library.py has the same number.
-UW_PUBLIC int uw_abi_version() { return 2; }
+UW_PUBLIC int uw_abi_version() { return 3; }
 
 // The instruction sets that the kernels are compiled for and this processor has, best first, separated by commas.
 UW_PUBLIC const char *uw_targets() {
@@ -16,7 +16,7 @@ UW_PUBLIC const char *uw_targets() {
 #if defined(UW_HAS_avx512)
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512bf16"))
+        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
         return "avx512,avx2,generic";
 #endif
     if (avx2) return "avx2,generic";

@@ -175,6 +175,30 @@ inline float dot(const float *a, const T *b, int64_t d, const T *next) {
 
 inline float dot(const float *a, const float *b, int64_t d) { return dot(a, b, d, b); }
 
+// a . d + b . c, without rounding: the two middle terms of (a + b / 254) . (c + d / 254). `total` is the sum of all of
+// a's and b's elements.
+inline int32_t dot_crosswise(const int8_t *a, const int8_t *b, const int8_t *c, const int8_t *d, int64_t width,
+                             [[maybe_unused]] int32_t total) {
+#if defined(__AVX512VNNI__)
+    // The instruction multiplies unsigned bytes with signed ones, so 128 is added to c and d, and taken off at the end.
+    const __m512i sign = _mm512_set1_epi8(-128);
+    __m512i s0 = _mm512_setzero_si512(), s1 = s0;
+    const auto add = [&](const auto &at) {
+        s0 = _mm512_dpbusd_epi32(s0, _mm512_xor_si512(at(d), sign), at(a));
+        s1 = _mm512_dpbusd_epi32(s1, _mm512_xor_si512(at(c), sign), at(b));
+    };
+    int64_t i = 0;
+    for (; i + 64 <= width; i += 64) add([i](const int8_t *p) { return _mm512_loadu_si512(p + i); });
+    const __mmask64 left = (1ull << (width - i)) - 1;
+    if (left) add([i, left](const int8_t *p) { return _mm512_maskz_loadu_epi8(left, p + i); });
+    return _mm512_reduce_add_epi32(_mm512_add_epi32(s0, s1)) - 128 * total;
+#else
+    int32_t sum = 0;
+    for (int64_t i = 0; i < width; i++) sum += a[i] * d[i] + b[i] * c[i];
+    return sum;
+#endif
+}
+
 // The dot product of two bf16 rows, summed in fp32.
 inline float dot(const bf16 *a, const bf16 *b, int64_t d, [[maybe_unused]] const bf16 *next) {
     Vec s0{}, s1{};

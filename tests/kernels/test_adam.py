@@ -171,16 +171,21 @@ def test_the_screen_is_that_of_the_new_rows(target, monkeypatch, precision, unit
 def test_images_say_how_far_they_are_from_the_rows(target, d):
     weight = torch.randn(9, d) * 10.0 ** torch.arange(-4.0, 5.0)[:, None]
     weight[3] = 0
-    images = make_images(weight, Images.room_for(weight, half=True, bytes=True))
+    halves, images = (make_images(weight, Images.room_for(weight, kind)) for kind in ("bf16", "int8"))
     exact = weight.double()
     torch.testing.assert_close(images.norms.double(), exact.norm(dim=1), rtol=1e-5, atol=0)
-    assert torch.equal(images.half, weight.bfloat16())
-    bytes = images.bytes.double() * images.byte_scales.double()[:, None]
-    for image, errors in ((images.half.double(), images.half_errors), (bytes, images.byte_errors)):
+    assert torch.equal(halves.half, weight.bfloat16())
+    scales = images.byte_scales.double()[:, None]
+    bytes = images.bytes.double() * scales
+    both = bytes + images.rest.double() * scales / 254
+    for image, errors in (
+        (halves.half.double(), halves.half_errors), (bytes, images.byte_errors), (both, images.rest_errors)
+    ):  # fmt: skip
         # Bounds that are too low by more than fp32's rounding would lose latents.
         error = (exact - image).norm(dim=1)
         slack = 1e-5 * error + 2.0**-23 * exact.norm(dim=1)
         assert ((errors.double() - error).abs() <= slack).all()
+    assert (images.rest_errors <= images.byte_errors / 100 + 1e-6 * images.norms).all()
 
 
 def test_the_reference_makes_no_screen(monkeypatch):

@@ -18,7 +18,7 @@ from unweave._errors import UnweaveError
 from unweave.kernels import cpu, select
 from unweave.kernels.dispatch import backend
 from unweave.kernels.scratch import scratch
-from unweave.kernels.screen import Images, Precision, Screen, Screening
+from unweave.kernels.screen import Images, Precision, Screen, Screening, too_coarse
 from unweave.kernels.select import Above, Largest, LargestOfBatch, LargestOfGroups, Selection, Spec
 
 CHUNK_ROWS = 512
@@ -162,8 +162,10 @@ def _screened(
     if screen is None:
         screen = Screen.room_for(rows, precision)
         cpu.make_images(rows, screen.images)
-    kinds = {"half": screen.images.half is not None, "bytes": screen.images.bytes is not None}
-    inputs = cpu.make_images(x, Images.room_for(x, **kinds, fresh=False))
+    inputs = cpu.make_images(x, Images.room_for(x, screen.kind, "inputs"))
+    if screen.kind == "int8" and too_coarse(inputs):
+        screen = Screen("bf16", cpu.make_images(rows, Images.room_for(rows, "bf16", "an encoder")))
+        inputs = cpu.make_images(x, Images.room_for(x, "bf16", "inputs"))
     if not all(t.isfinite().all() for t in (inputs.norms, screen.images.norms, b_enc)):
         return _reference(x, W_enc, b_enc, spec, max_density)  # no bound holds; it says which row is not finite
     screening = Screening(screen, inputs, x, rows, b_enc)
@@ -198,8 +200,8 @@ def _screened(
                     return collector.finish_groups(part, rows, known, groups, group)
             return collector.finish_above(part, rows, known, bounds)
 
-    # Errors of d independent roundings reach a 1/sqrt(d) of their bound. A guess of 6 times that which fails costs the
+    # Errors of d independent roundings reach a 1/sqrt(d) of their bound. A guess of 4 times that which fails costs the
     # chunk a second product, and the certain way still gives the answer.
-    guess = 6 * x.shape[1] ** -0.5 if screening.kind == "int8" and x.shape[1] > 64 else 0.0
+    guess = 4 * x.shape[1] ** -0.5 if screening.kind == "int8" and x.shape[1] > 64 else 0.0
     parts = [chunk(start, guess) or chunk(start, 0.0) for start in range(0, n, CHUNK_ROWS)]
     return _joined([part for part in parts if part is not None])

@@ -23,10 +23,10 @@ Kind = Literal["fp32", "bf16", "int8"]
 
 _COARSEST = 0.02
 """Relative rounding of inputs above which int8 leaves too many candidates: a few large dimensions take its range."""
-_NARROWEST = 512
+_NARROWEST = 256
 """Width from which an int8 product saves more than its candidates cost."""
-_WIDEST = 2**31 // 127**2
-"""Width up to which the sums of an int8 product fit into int32."""
+_WIDEST = 2**30 // 127**2
+"""Width up to which two sums of an int8 product together fit into int32."""
 
 
 @functools.cache
@@ -68,24 +68,31 @@ class Images:
     """The worth of one unit of each int8 row."""
     byte_errors: Float[Tensor, " m"] | None = None
     """Norm of what rounding to int8 changed."""
+    rest: Int8[Tensor, "m d"] | None = None
+    """What rounding to int8 changed, in units 254 times as small."""
+    rest_errors: Float[Tensor, " m"] | None = None
+    """Norm of what rounding the rest to int8 changed."""
 
     @classmethod
-    def room_for(cls, weight: Float[Tensor, "m d"], *, half: bool, bytes: bool, fresh: bool = True) -> Images:
-        """Images of a matrix, yet to be made; if not `fresh`, their rows are overwritten by the next ones."""
+    def room_for(cls, weight: Float[Tensor, "m d"], kind: Kind, reused: str | None = None) -> Images:
+        """Images of a matrix, yet to be made. Those in `reused` memory are overwritten by the next ones in it."""
+        half, bytes = kind == "bf16", kind == "int8"
 
         def vector(wanted: bool) -> Tensor | None:
             return weight.new_empty(len(weight)) if wanted else None
 
-        def rows(dtype: torch.dtype) -> Tensor:
+        def rows(name: str, dtype: torch.dtype) -> Tensor:
             shape = tuple(weight.shape)
-            return weight.new_empty(shape, dtype=dtype) if fresh else scratch(f"images in {dtype}", shape, dtype)
+            return scratch(f"{name} of {reused}", shape, dtype) if reused else weight.new_empty(shape, dtype=dtype)
 
         return cls(
             weight.new_empty(len(weight)),
-            rows(torch.bfloat16) if half else None,
+            rows("halves", torch.bfloat16) if half else None,
             vector(half),
-            rows(torch.int8) if bytes else None,
+            rows("bytes", torch.int8) if bytes else None,
             vector(bytes),
+            vector(bytes),
+            rows("rests", torch.int8) if bytes else None,
             vector(bytes),
         )
 
@@ -101,10 +108,11 @@ class _ImagesStruct(ctypes.Structure):
 class _ScreenStruct(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
-            "bias", "norms", "errors", "scales", "middle", "middle_errors",
-            "by_norm", "by_error", "middle_x", "by_middle", "by_middle_error", "row_scales",
+            "bias", "norms", "errors", "scales", "bytes", "rest", "rest_errors",
+            "by_norm", "by_error", "row_bytes", "row_rest", "row_scales",
+            "finer_by_norm", "finer_by_error", "finer_by_rest",
         )),
-        *((name, ctypes.c_float) for name in ("rel", "max_bias", "max_norm", "max_error", "max_middle_error")),
+        *((name, ctypes.c_float) for name in ("rel", "max_bias", "max_norm", "max_error", "max_rest_error")),
     ]  # fmt: skip
 
 
@@ -119,12 +127,21 @@ class Screen:
     def room_for(cls, weight: Float[Tensor, "m d"], precision: Precision) -> Screen:
         """A screen whose images are yet to be made."""
         kind = kind_of(precision, weight.shape[1])
-        return cls(kind, Images.room_for(weight, half=kind != "fp32", bytes=kind == "int8"))
+        return cls(kind, Images.room_for(weight, kind))
 
     def fits(self, m: int, d: int) -> bool:
         """Whether it can be that of an encoder of m latents and width d."""
-        matrices = [t for t in (self.images.half, self.images.bytes) if t is not None]
+        matrices = [t for t in (self.images.half, self.images.bytes, self.images.rest) if t is not None]
         return len(self.images.norms) == m and all(t.shape == (m, d) for t in matrices)
+
+
+def too_coarse(inputs: Images) -> bool:
+    """Whether int8 images of inputs are of no use."""
+    assert inputs.byte_errors is not None
+    assert inputs.bytes is not None
+    rough = inputs.byte_errors > _COARSEST * inputs.norms
+    # torch._int_mm leaves its result unwritten at width 1.
+    return inputs.bytes.shape[1] == 1 or bool(rough.sum() > len(rough) / 8)
 
 
 class Screening:
@@ -142,14 +159,8 @@ class Screening:
         self, screen: Screen, inputs: Images, x: Float[Tensor, "n d"], weight: Float[Tensor, "m d"], bias: Tensor
     ) -> None:
         images, sums = screen.images, 4 * x.shape[1] * 2.0**-24  # rounding of two sums of d products, relative
-        self.kind, self.bias, self.norms = screen.kind, bias, images.norms
-        if self.kind == "int8":
-            assert inputs.byte_errors is not None
-            # torch._int_mm leaves its result unwritten at width 1.
-            if x.shape[1] == 1 or (inputs.byte_errors > _COARSEST * inputs.norms).sum() > len(x) / 8:
-                self.kind = "bf16"
-        self.scales = self.row_scales = self.middle = self.middle_errors = None
-        self.middle_x = self.by_middle = self.by_middle_error = None
+        self.kind, self.bias, self.images, self.inputs = screen.kind, bias, images, inputs
+        self.finer: list[Tensor | None] = [None, None, None]
         rounded, errors = torch.zeros_like(inputs.norms), torch.zeros_like(images.norms)
         if self.kind == "fp32":
             self.x, self.weight, self.rel = x, weight, 2.0**-23
@@ -160,18 +171,20 @@ class Screening:
             rounded, errors = inputs.half_errors, images.half_errors  # type: ignore[assignment]
         else:
             assert inputs.bytes is not None
+            assert inputs.rest_errors is not None
             assert images.bytes is not None
+            assert images.rest_errors is not None
             self.x, self.weight, self.rel = inputs.bytes, images.bytes, 2.0**-21
             rounded, errors = inputs.byte_errors, images.byte_errors  # type: ignore[assignment]
-            self.scales, self.row_scales = images.byte_scales, inputs.byte_scales
-            assert inputs.half_errors is not None
-            self.middle, self.middle_errors, self.middle_x = images.half, images.half_errors, inputs.half
-            self.by_middle = inputs.half_errors + sums * inputs.norms
-            self.by_middle_error = inputs.norms + inputs.half_errors
+            sums = (2 * x.shape[1] + 16) * 2.0**-24  # one sum: the product itself is made of whole numbers
+            # With x = x' + x" + left, and w alike, x'w' + x'w" + x"w' lacks left . w, (x' + x") . (what is left of w)
+            # and x" . w", where |x"| <= |dx| + |left|.
+            left, both = inputs.rest_errors, rounded + inputs.rest_errors
+            self.finer = [left + sums * inputs.norms, both, inputs.norms + left + both]
         self.errors = errors
         self.by_norm, self.by_error = rounded + sums * inputs.norms, inputs.norms + rounded
-        self.largest = [bias.abs().max().item(), images.norms.max().item(), errors.max().item()]
-        self.largest.append(0.0 if self.middle_errors is None else self.middle_errors.max().item())
+        largest = (bias.abs(), images.norms, errors, images.rest_errors)
+        self.largest = [0.0 if t is None else t.max().item() for t in largest]
 
     def products(self, rows: slice, latents: slice, buffer: Tensor) -> Tensor:
         """The products of some rows with some latents, in a reused buffer."""
@@ -187,10 +200,9 @@ class Screening:
 
     def struct(self, first_row: int) -> ctypes.Structure:
         """As the kernels read it, for rows from `first_row` on."""
-        of_latents = (self.bias, self.norms, self.errors, self.scales, self.middle, self.middle_errors)
-        of_rows = (
-            self.by_norm, self.by_error, self.middle_x, self.by_middle, self.by_middle_error, self.row_scales,
-        )  # fmt: skip
+        w, x = self.images, self.inputs
+        of_latents = (self.bias, w.norms, self.errors, w.byte_scales, w.bytes, w.rest, w.rest_errors)
+        of_rows = (self.by_norm, self.by_error, x.bytes, x.rest, x.byte_scales, *self.finer)
         pointers = [None if t is None else t.data_ptr() for t in of_latents]
         pointers += [None if t is None else t[first_row:].data_ptr() for t in of_rows]
         return _ScreenStruct(*pointers, self.rel, *self.largest)
