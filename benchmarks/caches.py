@@ -1,12 +1,13 @@
 """Reading a cache in random order and in order, against a plain sequential read and saev's loaders of the same rows.
 
-    python benchmarks/caches.py [--write] [--images 1500] [--d 768] [--batch 4096] [--rounds 5]
+    python benchmarks/caches.py [--write] [--images 2000] [--d 768] [--batch 4096] [--rounds 5]
 
 The rows are those of images of 196 patches and a CLS token, in our cache in float32 and bfloat16, and in shards that
 saev 0.1 reads, which is the only release of it: its `Dataset` in PyTorch's `DataLoader`, as its `train` has it. The
 files are in the page cache. In each round every reader has its turn; of saev's, which takes long, a few batches count.
-A plain sequential read copies the rows of a batch that lie side by side out of the map. `--write` puts the table into
-`benchmarks/results/caches.md`.
+The sequential read is a file's own: the bytes of a batch at a time, into one buffer that stays. Beside it stand rows
+that lie side by side, copied out of the map by all threads. Nothing runs beside the reading, so it is not done ahead.
+`--write` puts the table into `benchmarks/results/caches.md`.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ import measure
 from unweave._files import write_json
 from unweave.activations import Pass
 from unweave.activations.cache import Cache, OrderedBatches, StoreBatches, shuffle_quality
+from unweave.activations.cache.begin import manifest_head
 from unweave.activations.cache.folder import open_cache
 from unweave.activations.cache.format import MANIFEST, shard_folder, slugs
 from unweave.activations.cache.saev_write import write_saev_shards
 from unweave.activations.cache.shards import new_shard
-from unweave.activations.cache.write import manifest_head
 
 PATCHES, HOOK = 196, "layer.0"
 SAEV_BATCHES = 3
@@ -43,9 +44,9 @@ def make_cache(out: Path, images: int, d: int, dtype: str, shards: int = 4) -> C
     tokens, generator = PATCHES + 1, torch.Generator().manual_seed(0)
     about = {
         "model": {"name": "none", "class": "none", "fingerprint": ""}, "hooks": [HOOK], "dtype": dtype,
-        "positions": None, "tokens": {"train": images * tokens, "held_out": 0}, "prompts_per_pass": 1,
-        "shard_bytes": 1, "rows": "given", "tokenizer": None, "data": {"name": "none", "fingerprint": None},
-        "config": {"context": tokens},
+        "model_precision": "float32", "positions": None, "tokens": {"train": images * tokens, "held_out": 0},
+        "prompts_per_pass": 1, "shard_bytes": 1, "rows": "given", "tokenizer": None,
+        "data": {"name": "none", "fingerprint": None}, "config": {"context": tokens},
     }  # fmt: skip
     done: list[dict[str, Any]] = []
     positions = torch.arange(tokens, dtype=torch.int32)
@@ -91,10 +92,20 @@ def rate(batches: Callable[[], Iterator[int]], first: int = 0) -> float:
     return n / (time.perf_counter() - started)
 
 
-def readers(cache: Cache, batch: int, workers: int) -> dict[str, Callable[[], Iterator[int]]]:
-    store = cache.train
+def readers(cache: Cache, folder: Path, batch: int, workers: int) -> dict[str, Callable[[], Iterator[int]]]:
+    store, files = cache.train, sorted(folder.rglob(f"{slugs([HOOK])[HOOK]}.npy"))
+    if len(files) < 2:
+        raise SystemExit(f"{folder} holds {len(files)} files of rows: the layout has changed.")
+    row = store.widths[HOOK] * store.dtypes[HOOK].itemsize
+    buffer = memoryview(bytearray(batch * row))
 
     def sequential() -> Iterator[int]:
+        for file in files:
+            with file.open("rb", buffering=0) as opened:
+                while n := opened.readinto(buffer):
+                    yield n // row
+
+    def mapped() -> Iterator[int]:
         for start in range(0, store.n_rows - batch + 1, batch):
             yield len(store.read(start, start + batch)[HOOK])
 
@@ -104,16 +115,16 @@ def readers(cache: Cache, batch: int, workers: int) -> dict[str, Callable[[], It
     def ordered() -> Iterator[int]:
         return (len(x.activations[HOOK]) for x in OrderedBatches(store, batch, workers=0))
 
-    return {"sequential": sequential, "shuffled": shuffled, "ordered": ordered}
+    return {"sequential": sequential, "sequential by map": mapped, "shuffled": shuffled, "ordered": ordered}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--images", type=int, default=1500)
+    parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--d", type=int, default=768)
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=1, help="threads that read ahead, ours; processes, saev's")
+    parser.add_argument("--workers", type=int, default=0, help="threads that read ahead, ours; processes, saev's")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/caches.md")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
@@ -121,7 +132,7 @@ def main() -> None:
         caches = {}
         for dtype in ("float32", "bfloat16"):
             caches[dtype] = make_cache(Path(place, dtype), args.images, args.d, dtype)
-            found = readers(caches[dtype], args.batch, args.workers)
+            found = readers(caches[dtype], Path(place, dtype), args.batch, args.workers)
             contestants |= {f"{name}, {dtype}": reader for name, reader in found.items()}
         folder = write_saev_shards(
             caches["float32"].train, Path(place, "saev"), family="clip", ckpt="none", protocol="1"

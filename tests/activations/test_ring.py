@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -123,10 +124,10 @@ def test_misuse() -> None:
 def test_a_small_draw_from_a_large_ring_is_uniform_and_without_repetition() -> None:
     generator, counts, first = torch.Generator().manual_seed(0), torch.zeros(16), torch.zeros(16)
     for _ in range(4000):
-        drawn = _draw(4, 16, generator)
+        drawn = _draw(4, 16, generator, np.empty(16, np.int32))
         assert len(set(drawn.tolist())) == 4
         counts[drawn] += 1
         first[drawn[0]] += 1
     assert (counts / 4000 - 4 / 16).abs().max() < 0.03
     assert (first / 4000 - 1 / 16).abs().max() < 0.015
-    assert len(_draw(0, 16, generator)) == 0
+    assert len(_draw(0, 16, generator, np.empty(16, np.int32))) == 0

@@ -19,7 +19,7 @@ from unweave._errors import UnweaveError
 from unweave.activations.masks import MaskConfig, MaskReport, Masks
 from unweave.activations.rows import Batch, Rows
 from unweave.activations.transfer import moved
-from unweave.models import Hook, LoadedModel, Meter, capture, copied_bytes, copy_in, dtype_of
+from unweave.models import Hook, LoadedModel, Meter, capture, copied_bytes, copy_in, dtype_of, lean
 
 _MAX_EMPTY_PASSES = 64
 
@@ -78,7 +78,7 @@ class ActivationStream(Iterator[dict[str, Tensor]]):
         device: Where to put the activations; None: where the model is.
 
     Attributes:
-        model: What runs: the model, or its copy once there has been a pass.
+        model: What runs: the model or its lean twin, its copy in another type once there has been a pass.
         given: The model as it was given.
 
     Raises:
@@ -104,7 +104,7 @@ class ActivationStream(Iterator[dict[str, Tensor]]):
         longest = getattr(getattr(model.module, "config", None), "max_position_embeddings", None)
         if longest is not None and rows.context > longest:
             raise UnweaveError(f"context={rows.context} is longer than the {longest} positions of {model.name}.")
-        self.model, self.hooks, self.rows = model, list(hooks), rows
+        self.model, self.hooks, self.rows = lean(model), list(hooks), rows
         self.prompts_per_pass = prompts_per_pass
         self.dtype, self.passes = dtype, 0
         self.given, self._device = model, device or model.device
@@ -148,7 +148,8 @@ class ActivationStream(Iterator[dict[str, Tensor]]):
             self.passes += 1
             if _n_rows(done):
                 return done
-        raise UnweaveError(f"the masks left no token in {_MAX_EMPTY_PASSES} passes: {self.report}.")
+        why = self.report.why_nothing(self._masks.config)
+        raise UnweaveError(f"the masks left no token in {_MAX_EMPTY_PASSES} passes: {why}.")
 
     def measure(self, passes: int = 2, seconds: float = 0.0) -> StreamCost:
         """Time some passes over the next rows, after one to warm up. The stream is not moved on.
@@ -175,7 +176,11 @@ class ActivationStream(Iterator[dict[str, Tensor]]):
         self._masks.load_state_dict(before)
         kept = _n_rows(done)
         if not kept:
-            raise UnweaveError(f"the masks leave none of the {int(batch.real.sum())} tokens of a pass.")
+            self._masks.report = MaskReport()
+            self._run(batch)
+            why = self.report.why_nothing(self._masks.config)
+            self._masks.load_state_dict(before)
+            raise UnweaveError(f"the masks left no token of a pass: {why}.")
         sizes = {name: x.shape[1] * x.element_size() for name, x in done.activations.items()}
         return StreamCost(
             tokens_per_second=kept / seconds,
@@ -227,7 +232,7 @@ class ActivationStream(Iterator[dict[str, Tensor]]):
         self.rows.load_state_dict(state["rows"])
         self._masks.load_state_dict(state["masks"])
         self.passes, self.prompts_per_pass = state["passes"], state["prompts_per_pass"]
-        self.model, self.dtype = self.given, getattr(torch, state["dtype"])
+        self.model, self.dtype = lean(self.given), getattr(torch, state["dtype"])
         self._ready = [Pass(self._moved(p["activations"]), dict(p["records"])) for p in state["ready"]]
 
     def widths(self) -> dict[str, int]:

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -28,6 +30,7 @@ class ShuffleRing:
         self.capacity, self.size = capacity, 0
         self._generator, self._device = generator, device
         self._buffers: dict[str, Tensor] = {}
+        self._owner = np.empty(capacity, np.int32)
 
     @property
     def free(self) -> int:
@@ -66,7 +69,7 @@ class ShuffleRing:
         """
         if n > self.size:
             raise ValueError(f"cannot take {n} of {self.size} rows")
-        drawn = _draw(n, self.size, self._generator)
+        drawn = _draw(n, self.size, self._generator, self._owner)
         left = self.size - n
         stays = torch.ones(n, dtype=torch.bool)
         stays[drawn[drawn >= left] - left] = False
@@ -101,17 +104,18 @@ class ShuffleRing:
         self._generator.set_state(state["generator"].cpu())
 
 
-def _draw(n: int, size: int, generator: torch.Generator) -> Int64[Tensor, " n"]:
-    """`n` different numbers below `size`, in random order; its cost does not grow with `size`."""
+def _draw(n: int, size: int, generator: torch.Generator, owner: NDArray[np.int32]) -> Int64[Tensor, " n"]:
+    """`n` different numbers below `size`, in random order; its cost does not grow with `size`.
+
+    `owner` has room for `size` numbers, which need not be set: whoever drew a number first writes its place there.
+    """
     if 4 * n > size:
         return torch.randperm(size, generator=generator)[:n]
-    drawn = torch.empty(0, dtype=torch.int64)
-    while len(drawn) < n:  # numbers one after the other, without those that were there before
-        missing = n - len(drawn)
-        drawn = torch.cat([drawn, torch.randint(size, (missing + missing // 4 + 8,), generator=generator)])
-        values, order = drawn.sort(stable=True)
-        again = order[1:][values[1:] == values[:-1]]
-        new = torch.ones(len(drawn), dtype=torch.bool)
-        new[again] = False
-        drawn = drawn[new]
-    return drawn[:n]
+    drawn = np.empty(0, np.int64)
+    while (missing := n - len(drawn)) > 0:  # numbers one after the other, without those that were there before
+        more = torch.randint(size, (missing + missing // 4 + 8,), generator=generator)
+        drawn = np.concatenate([drawn, more.numpy()])
+        place = np.arange(len(drawn), dtype=np.int32)
+        owner[drawn[::-1]] = place[::-1]  # of equal numbers the last one that is written stays: the first one drawn
+        drawn = drawn[owner[drawn] == place]
+    return torch.from_numpy(drawn[:n])

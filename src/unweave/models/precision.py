@@ -8,16 +8,16 @@ parameters that a model of transformers wants in fp32.
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from unweave._errors import UnweaveError
 from unweave.models.hooks import Hook, capture
+from unweave.models.lean import make_lean
 from unweave.models.load import LoadedModel
 
 _SMALL = 256
@@ -64,8 +64,7 @@ def copy_in(model: LoadedModel, dtype: torch.dtype, hooks: Sequence[Hook], *args
         raise UnweaveError(
             f"the model {model.name!r} cannot be copied into {str(dtype).removeprefix('torch.')}: {error}."
         ) from error
-    if dtype.itemsize < 4:
-        _fuse_gelu(module)
+    make_lean(module)
     return replace(model, module=module)
 
 
@@ -101,21 +100,3 @@ def _keeps_fp32(module: nn.Module, name: str) -> bool:
     parts = [*(getattr(module, "_keep_in_fp32_modules", None) or ())]
     parts += getattr(module, "_keep_in_fp32_modules_strict", None) or ()
     return any(part in name.split(".") for part in parts)
-
-
-class _TanhGELU(nn.Module):
-    """The tanh form of GELU in one pass over its input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.gelu(x, approximate="tanh")
-
-
-def _fuse_gelu(module: nn.Module) -> None:
-    """Replace transformers' tanh GELU, eight passes over the widest tensor there is, by the same function in one."""
-    activations = sys.modules.get("transformers.activations")
-    if activations is None:
-        return
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if type(child) is activations.NewGELUActivation:
-                setattr(parent, name, _TanhGELU())

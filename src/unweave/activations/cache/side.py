@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import warnings
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,11 +110,12 @@ class CacheSide:
 
     def prefetch(self, start: int, stop: int, hooks: Sequence[str] | None = None) -> None:
         """See `Store.prefetch`: asks the operating system to read the rows in."""
-        for i, (first, last) in enumerate(zip(self._starts, self._starts[1:], strict=False)):
-            a, b = max(start, first), min(stop, last)
-            if a < b:
-                for hook in self.hooks if hooks is None else hooks:
-                    self._files[hook][i].will_need(a - first, b - first)
+        i, stop = bisect_right(self._starts, start) - 1, min(stop, self.n_rows)
+        while start < stop:
+            first, last = self._starts[i], min(stop, self._starts[i + 1])
+            for hook in self.hooks if hooks is None else hooks:
+                self._files[hook][i].will_need(start - first, last - first)
+            start, i = last, i + 1
 
 
 class _Mapped:
