@@ -29,6 +29,7 @@ import torch
 
 import measure
 from combinations import (
+    ARCHETYPAL_DELTA,
     FINE_LR,
     FINE_TOKENS,
     HOOK,
@@ -244,7 +245,8 @@ def report(cases: Sequence[Case], rows: Rows, bad: Sequence[str], earlier: int) 
         *measure.machine(),
         f"`{HOOK}` of the model that ships, reading Python's documentation and sources; the worlds are those of "
         f"`unweave synth`. {sizes}. Learning rate {LR:g} where latents are ranked, {LRS['tanhrelu']:g} for "
-        f"TanhReLU, else {PENALISED_LR:g}. Rows named *then ...* go on for {FINE_TOKENS:,} tokens at {FINE_LR:g}. No "
+        f"TanhReLU, else {PENALISED_LR:g}. Archetypal atoms may be {ARCHETYPAL_DELTA:g} from their hull. Rows "
+        f"named *then ...* go on for {FINE_TOKENS:,} tokens at {FINE_LR:g}. No "
         f"SAE is trained to its end. The first two tables are of {len(SEEDS)} seeds (of pursuits on the model one), ± "
         "their standard deviation; the last is of one."
         + (f" {earlier} of {len(rows)} rows are kept from interrupted runs before this one." if earlier else ""),
@@ -284,7 +286,7 @@ def main() -> None:
     if args.write:
         measure.write("architectures.md", text)
     if bad:
-        sys.exit(f"collapsed: {', '.join(bad)}")
+        sys.exit("\n".join([f"{len(bad)} rows collapsed:", *(f"  {name}: {rows[name]}" for name in bad)]))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ import gpt2_small
 import measure
 import unweave as uw
 from unweave.activations import ShuffledBatches
-from unweave.training.train import Session, prepare
+from unweave.training.session import Session
+from unweave.training.train import prepare
 from unweave.training.trainee import Trainee
 from unweave.training.trainees import new_trainee
 
@@ -67,9 +68,7 @@ def parts(model: Any, rounds: int) -> tuple[float, float]:
     batch = next(batches)
     trainee = new_trainee(session.config.saes[0], session.sites[0][0], batch, steps=1000, tokens=1000 * BATCH, seed=0)
     rows = session.sites[0][0].rows(batch)
-    times = measure.medians(
-        {"harvest": lambda _: next(batches), "step": lambda _: trainee.step(*rows)}, [None], rounds
-    )
+    times = measure.medians({"harvest": lambda _: next(batches), "step": lambda _: trainee.step(*rows)}, [None], rounds)
     return times["harvest"], times["step"]
 
 

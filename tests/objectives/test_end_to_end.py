@@ -89,8 +89,8 @@ def test_balanced_by_hand():
     [
         ({"kl": -1.0, "beta": None}, "at least 0"),
         ({"beta": 0.0}, "beta > 0"),
-        ({"kl": 1.0}, "leave out kl"),
-        ({"beta": None}, "needs a coefficient"),
+        ({"kl": 1.0, "beta": 1.0}, "leave out kl"),
+        ({"error": 1.0}, "needs a coefficient"),
         ({"downstream": 1.0}, "later hooks"),
         ({"hooks": ("a",)}, "later hooks"),
     ],

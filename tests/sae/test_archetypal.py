@@ -19,7 +19,7 @@ from unweave.sae import (
     fold_decoder_norms,
     fold_input_scale,
 )
-from unweave.sae.archetypal import ArchetypalAtoms
+from unweave.sae.archetypal import ArchetypalAtoms, onto_simplex
 from unweave.sae.files import save_training_form
 
 TIED = [ReLU(), TopK(3), AbsTopK(3), BatchTopK(3), JumpReLU(0.2, 0.1), Gated()]
@@ -74,6 +74,37 @@ def test_hand_computed():
     made.log_scale.data = torch.tensor(2.0).log()
     made.project()
     torch.testing.assert_close(made.atoms(), torch.tensor([[1.5, 1.0]]))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    m=st.integers(1, 4), n=st.integers(1, 30), scale=st.sampled_from([1e-6, 0.01, 1.0, 100.0]), seed=st.integers(0, 99)
+)
+def test_the_nearest_point_of_the_simplex(m, n, scale, seed):
+    """Against the amount that sorting finds, and no feasible point is nearer."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = scale * torch.randn(m, n, dtype=torch.float64, generator=generator)
+    found = rows.clone()
+    onto_simplex(found)
+    assert (found >= 0).all()
+    torch.testing.assert_close(found.sum(1), torch.ones(m, dtype=torch.float64))
+    ordered = rows.sort(dim=1, descending=True).values
+    amounts = (ordered.cumsum(1) - 1) / torch.arange(1, n + 1)
+    amount = amounts.gather(1, ((ordered > amounts).sum(1, keepdim=True) - 1))
+    torch.testing.assert_close(found, (rows - amount).clamp(min=0))
+    single = rows.float()
+    onto_simplex(single)
+    torch.testing.assert_close(single.sum(1), torch.ones(m), rtol=1e-4, atol=1e-4)
+
+
+def test_small_equal_steps_of_all_weights_leave_atoms_at_their_points():
+    """As Adam's first steps are; cutting off and dividing by the sum would leave a weight of 0.01 at the own point."""
+    generator = torch.Generator().manual_seed(0)
+    made = ArchetypalAtoms(torch.randn(400, 8, generator=generator), 400, delta=0.0)
+    for _ in range(20):
+        made.weights.data += 0.01 * torch.randn(400, 400, generator=generator).sign()
+        made.project()
+    assert made.weights.diagonal().mean() > 0.5
 
 
 def test_pitfall_117_a_row_without_positive_weights_recovers():

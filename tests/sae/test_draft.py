@@ -52,3 +52,13 @@ def test_what_leaves_the_range_is_refused() -> None:
     large.tensors["b_enc"] = large.tensors["b_enc"] + 1e6
     with pytest.raises(UnweaveError, match=r"b_enc in 'file' holds .* not finite, or too large for float16"):
         large.build(dtype=torch.float16)
+
+
+@pytest.mark.parametrize("name", ["W_enc", "W_dec", "b_enc", "b_dec"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_tensor_that_is_not_finite_is_named(name: str, dtype: torch.dtype) -> None:
+    bad = a_draft(torch.float32)
+    bad.stored_names = {name: f"their.{name}"}
+    bad.tensors[name].view(-1)[-1] = torch.nan
+    with pytest.raises(UnweaveError, match=rf"^their\.{name} in 'file' holds values that are not finite"):
+        bad.build(dtype=dtype)

@@ -1,5 +1,6 @@
 """JumpReLU's straight-through gradients against formulas, for every kernel and in every form of codes."""
 
+import dataclasses
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import unweave.sae.sae as sae_module
+from unweave._errors import UnweaveError
 from unweave.sae import SAE, DenseCodes, JumpReLU, SparseCodes
 
 KERNELS = {
@@ -31,6 +33,24 @@ def test_kernels(kernel):
     for u in (-0.7, -0.3, 0.0, 0.2, 0.9, 1.4):
         at = activation.window(torch.tensor([0.5 + 0.3 * u], dtype=torch.float64), torch.tensor(0.5)).item()
         assert at == pytest.approx(KERNELS[kernel](u) / 0.3, abs=1e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_window_widens_until_it_holds_its_share(kernel):
+    """Of the active entries, counted where the kernel is above 0; a window that holds more stays as it is."""
+    activation = JumpReLU(0.5, bandwidth=0.1, kernel=kernel, in_window=0.2)
+    distance = torch.cat([torch.linspace(-4, -2, 500), torch.linspace(1, 3, 100)])  # nothing is near the threshold
+    theta = torch.tensor(0.5)
+    assert (activation.window(theta + distance, theta) < 1e-5).all()
+    widened = activation.widened(distance)
+    held = int((widened.window(theta + distance, theta) > 1e-5).sum())
+    assert held == pytest.approx(20, abs=1)
+    assert dataclasses.replace(widened, bandwidth=0.1) == activation
+    assert activation.widened(distance / 100) == activation
+    assert activation.widened(-distance.abs()) == activation  # nothing is active, so there is nothing to compare with
+    assert dataclasses.replace(activation, in_window=0.0).widened(distance).bandwidth == 0.1
+    with pytest.raises(UnweaveError, match="share between 0 and 1"):
+        JumpReLU(in_window=-0.1)
 
 
 @settings(deadline=None, max_examples=60)
@@ -85,3 +105,10 @@ def test_sparse_and_dense_give_the_same_gradients(kernel, shared, monkeypatch):
     assert grads[0].keys() == grads[1].keys() >= {"W_enc", "b_enc", "b_dec", "threshold"}
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, msg=name)
+
+
+def test_a_bandwidth_that_is_given_is_kept():
+    distance = torch.linspace(1, 3, 100)
+    assert JumpReLU().widened(distance).bandwidth > 1
+    assert JumpReLU(bandwidth=0.001).widened(distance).bandwidth == 0.001
+    assert JumpReLU(bandwidth=0.001, in_window=0.2).widened(distance).bandwidth > 1

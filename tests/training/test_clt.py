@@ -264,7 +264,7 @@ CLT = SAEConfig(d_sae=32, activation=TopK(4), coder="clt")
         (lambda: SAEConfig(coder="clt", matryoshka=Matryoshka()), "no matryoshka: prefixes"),
         (lambda: SAEConfig(coder="clt", multi_topk=MultiTopK()), "no multi_topk: its second k"),
         (lambda: SAEConfig(coder="clt", ghost=GhostGradients()), "no ghost: ghosts of all layers"),
-        (lambda: SAEConfig(coder="clt", skip=True), "a skip is a transcoder's.*this is a clt"),
+        (lambda: SAEConfig(coder="crosscoder", skip=True), "a skip is a transcoder's.*this is a crosscoder"),
         (lambda: SAEConfig(coder="clt", normalize="whiten"), "a clt scales each hook"),
         (lambda: SAEConfig(coder="clt", W_dec_init="data"), "a clt writes elsewhere"),
         (lambda: train_on([(torch.ones(4, 3),) * 2], [CLT]), "two or more hooks"),
@@ -338,3 +338,21 @@ def test_the_recipe_and_the_command_line():
     args = {"hooks": ("h.*.mlp:in",), "target": ("h.*.mlp",)}
     assert TrainArgs(recipe="clt", **args).to_config().saes == (recipe,)
     assert TrainArgs(coder="clt", d_sae=32, k=4, **args).to_config().saes == (CLT,)
+
+
+def test_a_skip_is_trained():
+    """What is linear goes through the skip: the same run without one leaves far more of it."""
+    generator = torch.Generator().manual_seed(0)
+    x = {name: torch.randn(4096, 4, generator=generator) for name in "abc"}
+    maps = {name: torch.randn(4, 3, generator=generator) for name in "abc"}
+    y = {f"y{name}": x[name] @ maps[name] for name in "abc"}
+    batches = [{name: v[i : i + 64] for name, v in (x | y).items()} for i in range(0, 4096, 64)] * 2
+    left = {}
+    for skip in (True, False):
+        config = SAEConfig(d_sae=M, activation=TopK(1), coder="clt", skip=skip, lr=3e-2)
+        (clt,) = train_on(batches, [config], hooks=list("abc"), targets=list(y), progress=False)
+        assert (clt.W_skip is not None) == skip
+        left[skip] = (clt(clt.join(x)) - torch.cat(list(y.values()), 1)).square().sum().item()
+    assert left[True] < 0.05 * left[False]
+    with pytest.raises(UnweaveError, match="outputs of a transcoder with a skip have one width"):
+        make(SAEConfig(d_sae=M, activation=TopK(2), coder="clt", skip=True))

@@ -7,9 +7,9 @@ import torch
 
 from unweave._errors import UnweaveError
 from unweave.activations import DataConfig
-from unweave.objectives import L1, Contrastive, EndToEnd, RandomMatryoshka, Schedule
-from unweave.sae import ArchetypalDictionary, Crosscoder, MatchingPursuit, ReLU, Temporal, TopK
-from unweave.training import L0Controller, SAEConfig, TrainConfig, recipes, train, train_end_to_end, train_on
+from unweave.objectives import L1, RandomMatryoshka, Schedule
+from unweave.sae import ArchetypalDictionary, Crosscoder, MatchingPursuit, ReLU, TopK
+from unweave.training import L0Controller, SAEConfig, TrainConfig, recipes, train, train_on
 from unweave.training.finish import finished_sae, save_finished
 from unweave.training.sites import Site
 from unweave.training.sparsity import Sparsity
@@ -64,13 +64,6 @@ def test_a_controller_acts_wherever_it_is_accepted():
     sparsity = Sparsity(config, 12, 20)
     sparsity.observe(torch.tensor(30.0), 0)
     assert sparsity.controller.factor > 1
-
-
-@pytest.mark.parametrize("more", [{"temporal": Temporal(context=1)}, {"sparsity": Contrastive()}], ids=str)
-def test_an_end_to_end_loss_has_no_sequences_or_pairs(more, tiny_model):
-    config = SAEConfig(d_sae=512, activation=TopK(2), **more)
-    with pytest.raises(UnweaveError, match="whole sequences or pairs"):
-        train_end_to_end(config, EndToEnd(), model=tiny_model, data=["text"], hook="transformer.h.0", tokens=64)
 
 
 def test_the_training_form_has_the_coefficient_that_was_trained_with(tmp_path):

@@ -1,11 +1,21 @@
 """Fine-tuning of decoders: codes stay, what is to move moves, and the error falls."""
 
+import dataclasses
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
+import unweave.training.trainer as trainer
 from unweave._errors import UnweaveError
-from unweave.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from unweave.activations import DataConfig
+from unweave.activations.cache.foreign import MappedStore
+from unweave.objectives import EndToEnd
+from unweave.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK, Transcoder
+from unweave.training import SAEConfig, Start, TrainConfig, TrainingInterrupted, train
 from unweave.training.finetune import METHODS, finetune
+from unweave.training.train import prepare
 
 D, M = 12, 30
 
@@ -85,6 +95,15 @@ def test_a_tuned_sae_is_saved_and_loaded(tmp_path):
     torch.testing.assert_close(SAE.load(tmp_path / "sae")(x), tuned(x), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_of_another_dtype_are_trained_in_float32(method):
+    x, sae = data(seed=5), shrunk(TopK(4)).bfloat16()
+    tuned = finetune(sae, [data(seed=i) for i in range(10, 20)], method=method, lr=1e-2)
+    assert (tuned.dtype, sae.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(tuned.encode(x), sae.float().encode(x), rtol=1e-4, atol=1e-3)
+    assert error(tuned, x) < error(sae, x)
+
+
 def test_exactly_as_many_tokens_as_asked_for():
     used = []
 
@@ -118,3 +137,105 @@ def test_a_tied_encoder_cannot_stay_while_the_decoder_moves():
 
     with pytest.raises(UnweaveError, match="encoder of its own"):
         finetune(SAE(D, M, MatchingPursuit(3)), [data()])
+
+
+def test_tokens_that_are_normalised_one_by_one():
+    """The SAE goes on normalising; what is trained is the error of normalised tokens."""
+    x, sae = data(seed=5), shrunk(TopK(4))
+    sae.per_token = "layer_norm"
+    tuned = finetune(sae, [data(seed=i) for i in range(10, 40)], lr=1e-2)
+    assert tuned.per_token == "layer_norm"
+    torch.testing.assert_close(tuned.encode(x), sae.encode(x), rtol=1e-4, atol=1e-3)
+    assert error(tuned, x) < 0.8 * error(sae, x)
+
+
+HOOK = "transformer.h.0"
+
+
+@pytest.fixture
+def begun(tmp_path, tiny_model, texts):
+    """A run that fine-tunes the decoder of a trained SAE, which is in a folder."""
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    first = TrainConfig(
+        model="tiny", data=str(tmp_path / "data.jsonl"), hooks=(HOOK,), tokens=2000, batch_size=128,
+        saes=(SAEConfig(d_sae=32, activation=JumpReLU(), lr=5e-3),), out=str(tmp_path / "first"),
+        text=DataConfig(context=16, held_out=0.2),
+    )  # fmt: skip
+    train(first, model=tiny_model, progress=False)
+    start = Start(str(tmp_path / "first" / "sae"), method="decoder")
+    return dataclasses.replace(first, saes=(SAEConfig(),), start=start, tokens=4000, out=str(tmp_path / "run"))
+
+
+def test_a_run_writes_what_training_writes(begun, tiny_model):
+    result = train(begun, model=tiny_model, progress=False)
+    out = Path(begun.out)
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "metrics.jsonl", "sae"]
+    start, tuned = SAE.load(begun.start.sae), SAE.load(out / "sae")
+    x = prepare(begun, tiny_model).held_out()[HOOK]
+    torch.testing.assert_close(tuned.encode(x), start.encode(x), rtol=1e-4, atol=1e-4)
+    assert error(tuned, x) < error(start, x)
+    assert result.history[-1]["tokens"] == 4000
+    made = tuned.metadata["finetuning"]
+    assert (made["method"], made["tokens"], made["sae"]) == ("decoder", 4000, begun.start.sae)
+    assert tuned.metadata["training_tokens"] == 2000
+    assert json.loads((out / "config.json").read_text())["saes"][0]["d_sae"] == 32
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_interrupted_and_resumed_is_bit_equal(begun, tiny_model, monkeypatch, method):
+    begun = dataclasses.replace(begun, start=dataclasses.replace(begun.start, method=method))
+    whole = train(dataclasses.replace(begun, out=begun.out + "-whole"), model=tiny_model, progress=False)
+    save, seen = trainer._check_batch, []
+
+    def stop(*args):
+        seen.append(1)
+        if len(seen) == 13:
+            trainer.signal.raise_signal(trainer.signal.SIGINT)
+        save(*args)
+
+    monkeypatch.setattr(trainer, "_check_batch", stop)
+    with pytest.raises(TrainingInterrupted, match=r"after 1,664 of 4,000 tokens.*--resume"):
+        train(begun, model=tiny_model, progress=False)
+    monkeypatch.undo()
+    resumed = train(begun, model=tiny_model, resume=True, progress=False)
+    for name, value in whole.saes[0].state_dict().items():
+        assert torch.equal(value, resumed.saes[0].state_dict()[name]), name
+    assert [row | {"tokens_per_second": 0} for row in whole.history] == [
+        row | {"tokens_per_second": 0} for row in resumed.history
+    ]
+
+
+def test_a_cache_will_do_where_the_codes_stay():
+    sae = shrunk(TopK(4))
+    store = MappedStore("mine", {"here": [data(2000)]}, {}, {"name": "mine"})
+    config = TrainConfig(hooks=("here",), tokens=3000, batch_size=100, start=Start(method="scale"))
+    (tuned,) = train(config, data=store, start=sae, progress=False).saes
+    assert error(tuned, data(seed=5)) < error(sae, data(seed=5))
+    narrow = MappedStore("mine", {"here": [torch.ones(300, D + 1)]}, {}, {"name": "mine"})
+    with pytest.raises(UnweaveError, match="width 12, and those at 'here' have width 13"):
+        train(config, data=narrow, start=sae, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "start", "message"),
+    [
+        ({"start": Start()}, None, "by one of two"),
+        ({"start": Start(method="scale"), "end_to_end": EndToEnd()}, None, "by one of two"),
+        ({"start": Start(method="scale", lr=0.0)}, None, "lr must be above 0"),
+        ({"start": Start(method="scale"), "tokens": 0}, None, "tokens must be at least 1"),
+        ({"start": Start(method="scale")}, None, "which SAE"),
+        ({"start": Start("nowhere/at/all", method="scale")}, None, "nowhere/at/all"),
+        ({"start": Start(method="scale")}, Transcoder(16, 16, 8, TopK(2)), "this is a Transcoder"),
+        ({"start": Start(method="scale")}, SAE(16, 8, TopK(2), tied=True), "an encoder of its own"),
+        ({"start": Start(method="scale"), "saes": (SAEConfig(d_sae=64),)}, SAE(16, 8, TopK(2)), "leave out saes"),
+        ({"start": Start(method="scale")}, SAE(12, 8, TopK(2)), "width 12, and those at 'transformer.h.0' have width"),
+        ({"start": Start(method="scale"), "hooks": ("transformer.h.*",)}, SAE(16, 8, TopK(2)), "its one hook"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_before_any_text_is_read(tiny_model, change, start, message):
+    def explode():
+        raise AssertionError("text was read")
+        yield
+
+    with pytest.raises(UnweaveError, match=message):
+        train(TrainConfig(**{"hooks": (HOOK,)} | change), model=tiny_model, data=explode(), start=start)

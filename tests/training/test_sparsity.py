@@ -210,6 +210,33 @@ def test_thresholds_move_as_fast_as_weights_at_a_mean_squared_norm_of_1():
     assert make(config)[0].rates["threshold"] == pytest.approx(1e-3 * D**0.5)
 
 
+def test_thresholds_in_a_gap_of_the_pre_activations_learn():
+    """Features of strength 3 and nothing else: no pre-activation is within 0.3 of the thresholds."""
+    moments = []
+    for share in (0.0, 0.2):
+        activation = JumpReLU(init_threshold=1.0, in_window=share)
+        config = SAEConfig(
+            d_sae=D, activation=activation, sparsity=TargetL0(1), sparsity_warmup=0.0, b_dec_init="zeros", lr=1e-3
+        )
+        trainee = make(config)[0]
+        with torch.no_grad():
+            for weight in (trainee.sae.W_enc, trainee.sae.W_dec):
+                weight.copy_(torch.eye(D))
+        trainee.scale = 1.0
+        trainee.step(3.0 * (torch.rand(N, D, generator=torch.Generator().manual_seed(1)) < 0.4))
+        moments.append(trainee.optimizer.moments["threshold"][0].clone())
+        bandwidth = trainee.sae.activation.bandwidth
+        assert trainee.rates["threshold"] == pytest.approx(config.threshold_rate(D, bandwidth))
+    assert moments[0].count_nonzero() == 0
+    assert moments[1].count_nonzero() == D
+    assert bandwidth > 1
+    other = make(config)[0]
+    other.load_state_dict(trainee.state_dict())
+    assert other.sae.activation.bandwidth == bandwidth
+    assert other.rates == trainee.rates
+    assert trainee.config.activation.bandwidth == 0.1
+
+
 def features(n, generator, directions, active=5):
     """Tokens that are sums of a few of many directions."""
     on = torch.rand(n, len(directions), generator=generator) < active / len(directions)

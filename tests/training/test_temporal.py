@@ -8,7 +8,7 @@ import torch
 from unweave._errors import UnweaveError
 from unweave.objectives import AuxK
 from unweave.sae import SAE, ArchetypalDictionary, ReLU, Temporal, TopK
-from unweave.training import train_on
+from unweave.training import L0Controller, train_on
 from unweave.training.config import SAEConfig, TrainConfig, from_dict, to_dict
 from unweave.training.resampling import Resampling
 from unweave.training.trainee import Trainee
@@ -116,6 +116,7 @@ def test_a_resumed_run_takes_the_same_step_and_a_finished_sae_trains_on():
         ({"coder": "transcoder"}, "is an autoencoder"),
         ({"dictionary": ArchetypalDictionary()}, "is an autoencoder"),
         ({"resampling": Resampling()}, "unit rows"),
+        ({"activation": ReLU(), "l0_controller": L0Controller(4)}, "ask for an L0 with TopK"),
         ({"W_dec_init": "data"}, "unit rows"),
     ],
 )

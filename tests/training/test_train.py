@@ -16,7 +16,8 @@ from unweave.activations import DataConfig
 from unweave.objectives import Matryoshka, PreActivation
 from unweave.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from unweave.training import SAEConfig, TrainConfig, TrainingInterrupted, train
-from unweave.training.train import prepare, read_run_config
+from unweave.training.run_folder import read_run_config
+from unweave.training.train import prepare
 
 SAES = (
     SAEConfig(d_sae=32, activation=BatchTopK(4), dead_after=500),
@@ -152,8 +153,6 @@ def test_folders_are_not_overwritten_by_accident(config, tiny_model):
     train(config, model=tiny_model, progress=False)
     with pytest.raises(UnweaveError, match="--overwrite"):
         train(config, model=tiny_model, progress=False)
-    with pytest.raises(UnweaveError, match="finished"):
-        train(config, model=tiny_model, resume=True, progress=False)
     train(config, model=tiny_model, overwrite=True, progress=False)
 
 
@@ -166,8 +165,44 @@ def test_resuming_another_run_is_refused(config, tiny_model, monkeypatch):
         train(dataclasses.replace(config, seed=1), model=tiny_model, resume=True, progress=False)
 
 
+def test_a_finished_run_is_resumed_as_it_is(config, tiny_model, monkeypatch):
+    result = train(config, model=tiny_model, progress=False)
+    monkeypatch.setattr(trainer, "_check_batch", None)  # nothing is trained
+    again = train(config, model=tiny_model, resume=True, progress=False)
+    assert again.folders == result.folders
+    assert again.history == result.history
+    x = torch.randn(20, 16)
+    for sae, other in zip(result.saes, again.saes, strict=True):
+        assert sae.metadata["hf_hook_name"] == other.metadata["hf_hook_name"]
+        torch.testing.assert_close(sae(x), other(x))
+
+
+def test_killed_before_the_first_checkpoint(config, tiny_model, monkeypatch, capsys):
+    """pitfall_170: whatever it left behind, the run starts at its beginning, as if it had not been begun."""
+    config = dataclasses.replace(config, tokens=1500)
+    whole = train(dataclasses.replace(config, out=config.out + "-whole"), model=tiny_model, progress=False)
+
+    def die(*args, step=[0]):  # noqa: B006
+        step[0] += 1
+        if step[0] == 2 * 5:
+            raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_check_batch", die)
+        with pytest.raises(MemoryError):
+            train(config, model=tiny_model, progress=False)
+    (config_path(config) / ".sae.999999.tmp").mkdir()
+    with pytest.raises(UnweaveError, match="seed=0, so it cannot go on with 1"):
+        train(dataclasses.replace(config, seed=1), model=tiny_model, resume=True, progress=False)
+    assert_equal(whole, train(config, model=tiny_model, resume=True, progress=False))
+    assert "holds no checkpoint yet, so the run starts at its beginning" in capsys.readouterr().err
+    assert sorted(p.name for p in config_path(config).iterdir()) == ["config.json", "metrics.jsonl", "saes"]
+
+
 def test_nothing_to_resume(config, tiny_model):
-    with pytest.raises(UnweaveError, match="no checkpoint"):
+    config_path(config).mkdir()
+    (config_path(config) / "thesis.tex").touch()
+    with pytest.raises(UnweaveError, match="holds something else than a run"):
         train(config, model=tiny_model, resume=True, progress=False)
     with pytest.raises(UnweaveError, match="without an output folder"):
         train(dataclasses.replace(config, out=None), model=tiny_model, resume=True, progress=False)

@@ -43,7 +43,8 @@ class PlanArgs(TrainArgs):
         from unweave.activations.limits import free_disk
         from unweave.models import TOKEN_KINDS
         from unweave.training.plan import duration, size
-        from unweave.training.train import Session, prepare
+        from unweave.training.session import Session
+        from unweave.training.train import prepare
 
         masks = replace(config.masks, special_tokens=False, norm_multiple=None, token_kinds=TOKEN_KINDS)
         session = prepare(replace(config, masks=masks), model)

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from unweave._errors import UnweaveError
+from unweave._errors import UnweaveError, nearest
 from unweave.cli.output import shown, status
+
+_COEFFICIENTS = {"kl": "kl", "ce": "ce", "balanced": "beta"}
+"""Of `EndToEnd`, by what --end-to-end calls the loss."""
 
 
 @dataclass
@@ -49,6 +52,10 @@ class TrainArgs:
     """Activation function: topk, batchtopk, abstopk, groupmax, relu, tanhrelu, jumprelu, gated, or a registered one."""
     k: Annotated[float | None, shown("K", "32")] = None
     """Active latents per token, for topk, batchtopk (there it need not be whole), abstopk and groupmax."""
+    end_to_end: Annotated[Literal["kl", "ce", "balanced"] | None, shown("{kl,ce,balanced}", "none")] = None
+    """Train on what the SAE does to the model's predictions: KL, next-token loss, or KL and error at equal weight."""
+    downstream: Annotated[tuple[str, ...] | None, shown("HOOK ...", "none")] = None
+    """Later hooks whose error is trained on as well; makes --end-to-end kl the default."""
     l1: Annotated[float | None, shown("X", "0.1 * sqrt(d_in)")] = None
     """L1 coefficient, for relu, tanhrelu and gated."""
     target_l0: Annotated[float | None, shown("X", "32 for jumprelu")] = None
@@ -98,7 +105,7 @@ class TrainArgs:
     eval_tokens: int = 100_000
     """Held-out tokens to evaluate each SAE on afterwards; 0 for none."""
     resume: bool = False
-    """Go on from the checkpoint in --out; the other settings are read from there."""
+    """Go on from the checkpoint in --out, whose settings hold; from the beginning if there is none."""
     overwrite: bool = False
     """Replace the run that --out holds."""
     dry_run: bool = False
@@ -118,7 +125,7 @@ class TrainArgs:
         for folder in result.folders:
             print(f"saved {folder}")
         if self.eval_tokens:
-            evaluate_saved(result, config, self.eval_tokens)
+            evaluate_saved(result, config, self.eval_tokens, again=not self.resume)
 
     def to_config(self) -> Any:
         """The run's TrainConfig: the TOML file or the resumed run's, with what was given on the line on top."""
@@ -127,11 +134,12 @@ class TrainArgs:
     def prepared(self) -> tuple[Any, Any]:
         """The run's TrainConfig, and the model if a recipe had to ask it for its width."""
         from unweave.training.config import TrainConfig, from_dict, to_dict
-        from unweave.training.train import read_run_config
+        from unweave.training.given import check_given
+        from unweave.training.run_folder import read_run_config
 
         out = self.out or "unweave-run"
         settings = read_toml(self.config) if self.config else {}
-        if self.resume:
+        if self.resume and (begun := self.has_begun(Path(out))):
             settings = to_dict(read_run_config(Path(out)))
         for name in (
             "model", "data", "tokens", "batch_size", "buffer", "prompts_per_pass", "model_precision",
@@ -151,6 +159,10 @@ class TrainArgs:
                     part[name] = getattr(self, name)
         if self.streaming:
             text["streaming"] = images["streaming"] = True
+        if self.end_to_end is not None or self.downstream is not None:
+            settings["end_to_end"] = {_COEFFICIENTS[self.end_to_end or "kl"]: 1.0}
+        if self.downstream is not None:
+            settings["end_to_end"] |= {"downstream": 1.0, "hooks": list(self.downstream)}
         model = None
         if self.recipe is not None:
             if self.activation is not None:
@@ -160,7 +172,24 @@ class TrainArgs:
             sae, model = recipe_settings(self.recipe, settings)
             settings["saes"] = [sae]
         settings["saes"] = [self.sae_settings(sae) for sae in settings.get("saes") or [{}]]
-        return from_dict(TrainConfig, settings), model
+        config = from_dict(TrainConfig, settings)
+        if not (self.resume and begun):  # otherwise all settings of the run stand there, given or not
+            check_given(settings)
+        return config, model
+
+    def has_begun(self, out: Path) -> bool:
+        """Whether there is a run to resume; if not, it is begun, which needs to be told what it is.
+
+        Raises:
+            UnweaveError: It is not told.
+        """
+        if (out / "config.json").exists():
+            return True
+        told = (self.config, self.model, self.data, self.hooks, self.tokens, self.recipe, self.d_sae)
+        if all(each is None for each in told):
+            near = nearest(out.name, (path.name for path in out.parent.iterdir())) if out.parent.is_dir() else ""
+            raise UnweaveError(f"there is no run to resume in {str(out)!r}{near or '.'}")
+        return False
 
     def sae_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings of one SAE with what was given on the line on top."""
@@ -205,6 +234,7 @@ def recipe_settings(name: str, settings: dict[str, Any]) -> tuple[dict[str, Any]
     from unweave.training import recipes
     from unweave.training.cached import cached_data, widths_of
     from unweave.training.config import TrainConfig, to_dict
+    from unweave.training.further import widths_at
 
     if not recipes.needs_width(name):
         return to_dict(recipes.RECIPES[name]()), None
@@ -213,26 +243,13 @@ def recipe_settings(name: str, settings: dict[str, Any]) -> tuple[dict[str, Any]
         widths = widths_of(source, names)
     else:
         model = load_model(settings.get("model", TrainConfig.model), device=settings.get("device"))
-        widths = _widths_in(model, names)
+        widths = set(widths_at(model, names).values())
     if len(widths) > 1:
         raise UnweaveError(
             f"the recipe {name!r} depends on the width, and these hooks have {sorted(widths)}: train them in runs of "
             "their own."
         )
     return to_dict(recipes.RECIPES[name](d_in=widths.pop())), model
-
-
-def _widths_in(model: Any, names: Any) -> set[int]:
-    """Widths of the activations at some hooks of a model."""
-    import torch
-
-    from unweave.models import capture, resolve_hooks
-
-    hooks = resolve_hooks(model.module, names)
-    words = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
-    blank = words if model.vision is None else model.vision.blank()
-    inputs: dict[str, Any] = {name: value.to(model.device) for name, value in blank.items()}
-    return {x.shape[-1] for x in capture(model.module, hooks, **inputs).values()}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -243,8 +260,11 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UnweaveError(f"the config {str(path)!r} cannot be read: {error}.") from error
 
 
-def evaluate_saved(result: Any, config: Any, tokens: int) -> list[Any]:
-    """Evaluate trained SAEs on held-out text, write an `eval.json` for each, and print their tables."""
+def evaluate_saved(result: Any, config: Any, tokens: int, *, again: bool = True) -> list[Any]:
+    """Evaluate trained SAEs on held-out text, write an `eval.json` for each, and print their tables.
+
+    Unless `again`, those that have one are left as they are.
+    """
     from rich.console import Console
 
     from unweave.activations.cache import is_cache, open_cache
@@ -265,12 +285,12 @@ def evaluate_saved(result: Any, config: Any, tokens: int) -> list[Any]:
             return reports
     parts = [(p, f, t) for sae, f in zip(result.saes, result.folders, strict=True) for t, p in by_target(sae).items()]
     for sae, folder, target in parts:
-        with status(f"evaluating {folder}") as tick:
-            report = evaluate(
-                sae, model=result.model, data=config.data, tokens=tokens, seed=config.seed, progress=tick
-            )
         name = f"eval_{target.replace(':', '_')}.json" if target else "eval.json"
         path = folder.parent / name if folder.name == "sae" else folder / name
+        if path.exists() and not again:
+            continue
+        with status(f"evaluating {folder}") as tick:
+            report = evaluate(sae, model=result.model, data=config.data, tokens=tokens, seed=config.seed, progress=tick)
         report.save(path)
         Console().print(report.table())
         print(f"saved {path}")

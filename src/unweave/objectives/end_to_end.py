@@ -26,7 +26,7 @@ class EndToEnd:
     the terms add up, each times its coefficient.
 
     Attributes:
-        beta: Weight of the balanced divergence; None for a sum.
+        beta: Weight of the balanced divergence. None: a sum of those terms that have a coefficient, or 1 if none has.
         kl: Coefficient of the divergence from the clean model, per nat and relative to d_in.
         ce: Coefficient of the next token's cross-entropy, likewise.
         error: Coefficient of the squared error of the reconstruction.
@@ -35,7 +35,7 @@ class EndToEnd:
         hooks: Those later hooks.
     """
 
-    beta: float | None = 1.0
+    beta: float | None = None
     kl: float = 0.0
     ce: float = 0.0
     error: float = 0.0
@@ -45,6 +45,8 @@ class EndToEnd:
     def __post_init__(self) -> None:
         object.__setattr__(self, "hooks", tuple(self.hooks))
         terms = (self.kl, self.ce, self.error, self.downstream)
+        if self.beta is None and not any(terms):
+            object.__setattr__(self, "beta", 1.0)
         if min(terms) < 0 or (self.beta is not None and not self.beta > 0):
             raise UnweaveError(f"EndToEnd needs coefficients of at least 0 and beta > 0, got {self}.")
         if self.beta is not None and (self.kl or self.error):

@@ -114,16 +114,26 @@ class ArchetypalAtoms(nn.Module):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Bring the parameters back to where they are allowed, after a step.
-
-        A row of weights that has nothing positive left starts again at the point where its largest weight is, since as
-        zeros it would never get a gradient that could raise it.
-        """
-        highest = self.weights.argmax(1, keepdim=True)
-        self.weights.clamp_(min=0)
-        sums = self.weights.sum(1, keepdim=True)
-        self.weights.div_(sums.clamp(min=torch.finfo(sums.dtype).tiny))
-        lost = (sums <= 0).flatten()
-        self.weights[lost] = torch.zeros_like(self.weights[lost]).scatter_(1, highest[lost], 1.0)
+        """Bring the parameters back to where they are allowed, after a step."""
+        onto_simplex(self.weights)
         norms = self.relaxation.norm(dim=1, keepdim=True)
         self.relaxation.mul_((self.delta / norms.clamp(min=1e-12)).clamp(max=1))
+
+
+@torch.no_grad()
+def onto_simplex(rows: Float[Tensor, "m n"]) -> None:
+    """Move each row, in place, to the nearest one whose entries are not negative and sum to 1.
+
+    The nearest is the row less a common amount, cut off at 0. Cutting off and dividing by the sum, as published, is not
+    it: Adam moves every entry by about the learning rate, so that of a thousand zeros half would rise together, and
+    after a few steps outweigh the 1 beside them, whose atom ends in the middle of all points.
+    """
+    top = rows.amax(1, keepdim=True)
+    largest = rows == top  # which stays, whatever rounding does to the amount
+    kept = (rows > top - 1).logical_or_(largest)  # the largest keeps 1 at most, so that the amount is not below this
+    n_kept, before = kept.sum(1, keepdim=True), None
+    while before is None or not torch.equal(n_kept, before):  # Michelot's: every round drops entries, or is the last
+        amount = (torch.where(kept, rows, 0.0).sum(1, keepdim=True) - 1) / n_kept
+        kept &= (rows > amount).logical_or_(largest)
+        before, n_kept = n_kept, kept.sum(1, keepdim=True)
+    rows.sub_(amount).clamp_(min=0)

@@ -1,11 +1,13 @@
 """JumpReLU: a learnt threshold per latent (Rajamanoharan et al., arXiv 2407.14435), and its straight-through gradients.
 
 A step function has no gradient, so thresholds learn through a window around themselves: the derivative of the step is
-replaced by a kernel of area 1 and width `bandwidth`.
+replaced by a kernel of area 1 and width `bandwidth`. A window that holds no pre-activation leaves its threshold where
+it is, whatever the penalty; so training widens one that holds too few.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -22,6 +24,7 @@ from unweave.sae.codes import Codes
 # Half the width of each window in bandwidths, beyond which it is 0: entries further below their thresholds are never
 # looked at. Kernels without such a bound (Gaussian, Cauchy) would make every step dense.
 _HALF_WIDTHS = {"rectangle": 0.5, "triangle": 1.0, "epanechnikov": 1.0, "quartic": 1.0, "cosine": 1.0}
+_LEAST_IN_WINDOW = 0.2
 
 
 @register_activation
@@ -35,6 +38,10 @@ class JumpReLU(Activation):
         kernel: Shape of the window: "rectangle" (as published), "triangle", "epanechnikov", "quartic" or "cosine".
         ste_to_input: Whether the pre-activations get a gradient through the window too (Anthropic, January 2025).
         shared: One threshold for all latents instead of one for each.
+        in_window: How many entries the window holds at least, as a share of the active ones: training widens it, for
+            all latents alike, where it holds fewer. Pre-activations of clear features leave wide gaps below them. 0
+            keeps the bandwidth as it is, which is the published method. None: 0.2 at the default bandwidth, and 0 where
+            another one is given.
         log_threshold: Whether the optimiser moves the logarithm of the threshold (Anthropic, January 2025): steps are
             then relative to the threshold, and small thresholds hardly move.
     """
@@ -45,6 +52,7 @@ class JumpReLU(Activation):
     ste_to_input: bool = False
     shared: bool = False
     log_threshold: bool = False
+    in_window: float | None = None
     name: ClassVar[str] = "jumprelu"
     default_sparsity: ClassVar[str | None] = "target_l0"
 
@@ -54,6 +62,8 @@ class JumpReLU(Activation):
                 "JumpReLU needs init_threshold >= 0 and bandwidth > 0, got "
                 f"init_threshold={self.init_threshold} and bandwidth={self.bandwidth}."
             )
+        if not 0 <= self.least_in_window <= 1:
+            raise UnweaveError(f"JumpReLU's in_window is a share between 0 and 1, got {self.in_window}.")
         if self.kernel not in _HALF_WIDTHS:
             hint = nearest(self.kernel, _HALF_WIDTHS) or f"; there are {', '.join(_HALF_WIDTHS)}"
             raise UnweaveError(f"JumpReLU has no kernel {self.kernel!r}{hint}")
@@ -72,6 +82,13 @@ class JumpReLU(Activation):
     def is_published(self) -> bool:
         """Whether the gradients are the published ones: a rectangle, for thresholds alone, one for each latent."""
         return self.kernel == "rectangle" and not self.ste_to_input and not self.shared
+
+    @property
+    def least_in_window(self) -> float:
+        """`in_window`, decided."""
+        if self.in_window is not None:
+            return self.in_window
+        return _LEAST_IN_WINDOW if self.bandwidth == type(self).bandwidth else 0.0
 
     def selection(self, threshold: Threshold, n_rows: int) -> Spec:
         """The active entries, and those just below the threshold that still give it a gradient."""
@@ -93,6 +110,18 @@ class JumpReLU(Activation):
 
     def infer(self, pre: Codes, sae: object) -> Codes:
         return pre.with_values(pre.values.relu())  # the selection has compared already
+
+    def widened(self, distance: Tensor) -> JumpReLU:
+        """The same with a window that holds the share `least_in_window`.
+
+        Args:
+            distance: Of pre-activations from their thresholds, of any shape.
+        """
+        wanted = round(self.least_in_window * int((distance > 0).sum()))
+        if wanted == 0:
+            return self
+        reach = float(distance.abs().flatten().kthvalue(wanted).values) / _HALF_WIDTHS[self.kernel]
+        return dataclasses.replace(self, bandwidth=max(self.bandwidth, 1.01 * reach))  # edges are outside
 
     def window(self, pre: Tensor, threshold: Tensor) -> Tensor:
         """The kernel, of area 1 as a function of the pre-activation."""

@@ -1,9 +1,8 @@
 """Training: configs, one step of one SAE, the loop over batches, checkpoints, and what is printed meanwhile."""
 
 from unweave.training import recipes
-from unweave.training.config import SAEConfig, TrainConfig
+from unweave.training.config import SAEConfig, Start, TrainConfig
 from unweave.training.controller import L0Controller
-from unweave.training.end_to_end import train_end_to_end
 from unweave.training.finetune import finetune
 from unweave.training.finish import calibrate_threshold
 from unweave.training.plan import Plan, plan
@@ -17,6 +16,7 @@ __all__ = [
     "Plan",
     "Resampling",
     "SAEConfig",
+    "Start",
     "TrainConfig",
     "TrainResult",
     "TrainingInterrupted",
@@ -25,6 +25,5 @@ __all__ = [
     "plan",
     "recipes",
     "train",
-    "train_end_to_end",
     "train_on",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unweave._errors import UnweaveError
-from unweave.activations import DataConfig, MaskConfig, StreamCost
+from unweave.activations import DataConfig, ImageConfig, MaskConfig, StreamCost
 from unweave.activations.cache import Cache, Selection, Store, StoreBatches, is_cache, open_cache, select
 from unweave.activations.cache.store import chosen_hooks
 from unweave.activations.masks import kept_positions
@@ -24,8 +24,12 @@ from unweave.training.config import TrainConfig, to_dict
 from unweave.training.plan import CALIBRATION_TOKENS, Buffer, Plan, with_steps
 from unweave.training.progress import say
 from unweave.training.sites import Site, sites_of, where
+from unweave.training.trainees import MakeTrainee, new_trainee
 
-_LAYOUT = ("context", "pack", "bos", "separator", "chat", "held_out")
+LAYOUT = ("context", "pack", "bos", "separator", "chat", "held_out")
+"""Settings of text that its rows are the outcome of."""
+RUNNING = ("max_bad", "workers", "seed")
+"""Settings of images that they are not."""
 
 
 def cached_data(data: Any) -> Cache | Store | None:
@@ -44,6 +48,8 @@ class CachedSession:
     given: Any
     """The model, if one was given."""
     sites: list[list[Site]]
+    make: MakeTrainee = new_trainee
+    """Makes the coders."""
 
     @classmethod
     def of(cls, config: TrainConfig, source: Cache | Store, model: Any) -> CachedSession:
@@ -54,7 +60,7 @@ class CachedSession:
                 says.
         """
         if isinstance(source, Cache):
-            _check_layout(config.text, source)
+            _check_layout(config, source)
             config = replace(config, masks=_masks(config.masks, source))
         elif config.masks.special_tokens and source.special_ids is None and "kinds" not in source.records:
             say(
@@ -116,7 +122,7 @@ class CachedSession:
     def plan(self, seconds: float = 0.0) -> Plan:
         """Shapes, steps, bytes and time, measured on some batches and steps."""
         with self.batches() as batches:
-            return plan_cached(self.config, batches, self.sites, seconds)
+            return plan_cached(self.config, batches, self.sites, seconds, make=self.make)
 
     @contextmanager
     def batches(self) -> Iterator[StoreBatches]:
@@ -145,7 +151,9 @@ class CachedSession:
     def metadata(self, site: Site) -> dict[str, Any]:
         """Where an SAE comes from, as far as the cache says."""
         config, store = self.config, self.store
-        data = {"dataset_path": config.data} if cached_data(config.data) is not None else {}
+        data: dict[str, Any] = {"dataset_path": config.data} if cached_data(config.data) is not None else {}
+        if isinstance(self.source, Cache) and self.source.images is not None:  # it holds their names alone
+            data = {"dataset_path": self.source.images.get("source")}
         epochs = -(-config.tokens // select(store, Selection.of_masks(config.masks, store), self.hooks).n_rows)
         common = {
             "seqpos_slice": [None],
@@ -179,7 +187,11 @@ class CachedSession:
 
 
 def plan_cached(
-    config: TrainConfig, batches: StoreBatches, sites: Sequence[Sequence[Site]], seconds: float = 0.0
+    config: TrainConfig,
+    batches: StoreBatches,
+    sites: Sequence[Sequence[Site]],
+    seconds: float = 0.0,
+    make: MakeTrainee = new_trainee,
 ) -> Plan:
     """Measure reading and a training step of each SAE; the batches are not moved on.
 
@@ -188,6 +200,7 @@ def plan_cached(
         batches: What is read.
         sites: Where each SAE of the config is trained.
         seconds: How long to measure reading, at least.
+        make: Makes an SAE.
 
     Raises:
         UnweaveError: What is known without trying already does not fit.
@@ -217,7 +230,7 @@ def plan_cached(
     ]
     return with_steps(
         config, sites, cost, batches.device, buffers, background=True, rows=batches.selected.n_rows,
-        ring_bytes=8 * _capacity(config),
+        ring_bytes=8 * _capacity(config), make=make,
     )  # fmt: skip
 
 
@@ -241,13 +254,30 @@ def _capacity(config: TrainConfig) -> int:
     return config.ring_size if config.buffer else 4 * config.ring_size
 
 
-def _check_layout(text: DataConfig, cache: Cache) -> None:
-    """Refuse settings that were given and are not those of the cache; the others are taken from it."""
-    for part in fields(DataConfig):
-        value = getattr(text, part.name)
-        made = None if cache.config is None else getattr(cache.config, part.name)
-        if part.name in _LAYOUT and value != part.default and cache.config is not None and value != made:
-            raise UnweaveError(f"{part.name}={value!r} was asked for, and {cache.train.name} was made with {made!r}.")
+def check_made(asked: Mapping[str, Any], made: Mapping[str, Any], name: str, parts: Iterable[str]) -> None:
+    """Refuse settings that were asked for and are not those that something was made with.
+
+    Raises:
+        UnweaveError: One of `parts` is in both, and differs.
+    """
+    for part in parts:
+        if part in asked and part in made and _plain(asked[part]) != _plain(made[part]):
+            raise UnweaveError(f"{part}={asked[part]!r} was asked for, and {name} was made with {made[part]!r}.")
+
+
+def _check_layout(config: TrainConfig, cache: Cache) -> None:
+    """Refuse settings that are not the defaults and not those of the cache; the others are taken from it."""
+    given: DataConfig | ImageConfig = config.images if cache.config is None else config.text
+    asked = {
+        part.name: getattr(given, part.name) for part in fields(given) if getattr(given, part.name) != part.default
+    }
+    parts = LAYOUT if cache.config is not None else [name for name in asked if name not in RUNNING]
+    check_made(asked, cache.manifest["made_from"]["config"], cache.train.name, parts)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _masks(masks: MaskConfig, cache: Cache) -> MaskConfig:

@@ -7,7 +7,6 @@ is either the whole of it or nothing; older ones are deleted only after the newe
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unweave._errors import UnweaveError
-from unweave._files import atomic_folder, write_tensors
+from unweave._files import atomic_folder, remove_folder, write_tensors
 
 _TENSOR = "$tensor"
 
@@ -45,16 +44,21 @@ def _restore(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write `state` as the checkpoint of `step` under `folder`, then delete the older ones."""
+    """Write `state` as the checkpoint of `step` under `folder`, then delete the older ones.
+
+    A checkpoint of this step that is there already is left as it is: replacing it would take it away for a moment.
+    """
+    path = folder / f"step-{step:09d}"
+    if path.is_dir():
+        return path
     tensors: dict[str, Tensor] = {}
     document = _flatten(state, "", tensors)
-    path = folder / f"step-{step:09d}"
     with atomic_folder(path) as temporary:
         write_tensors(temporary / "state.safetensors", tensors)
         (temporary / "state.json").write_text(json.dumps(document), encoding="utf-8")
     for old in checkpoints(folder):
         if old != path:
-            shutil.rmtree(old)
+            remove_folder(old)
     return path
 
 

@@ -9,7 +9,7 @@ from unweave.objectives import AuxK, Penalty, RandomMatryoshka, TargetL0
 from unweave.training.sites import PREDICTS
 
 if TYPE_CHECKING:
-    from unweave.training.config import SAEConfig
+    from unweave.training.config import SAEConfig, TrainConfig
 
 
 def check_objectives(config: SAEConfig) -> None:
@@ -64,6 +64,11 @@ def _check_sparsity(config: SAEConfig) -> None:
         raise UnweaveError(
             f"an L0 controller moves a sparsity coefficient, and the L0 of {type(config.activation).__name__} is its k."
         )
+    if config.temporal is not None:
+        raise UnweaveError(
+            "under a penalty that a controller moves, a temporal SAE's ReLU codes became small before they became few, "
+            "and explained nothing: ask for an L0 with TopK."
+        )
     if not config.sparsity_terms:
         raise UnweaveError("an L0 controller moves the coefficient of a penalty: give sparsity=L1() or another one.")
     if not any(term.decides_l0 for term in config.sparsity_terms):
@@ -99,3 +104,32 @@ def _check_schedules(config: SAEConfig) -> None:
     if config.k_schedule.start > config.d_sae:
         raise UnweaveError(f"k_schedule starts at {config.k_schedule.start}, above d_sae={config.d_sae}.")
     config.activation.with_k(config.k_schedule.start)
+
+
+def check_run(config: TrainConfig) -> None:
+    """Refuse SAEs that cannot be trained end to end, or an SAE to train further without saying how.
+
+    Raises:
+        UnweaveError: With the reason.
+    """
+    if config.start is not None:
+        if (config.start.method is None) == (config.end_to_end is None):
+            raise UnweaveError(
+                "an SAE is trained further by one of two: start.method fine-tunes its decoder, and end_to_end trains "
+                "all of it against the model."
+            )
+        if config.start.lr is not None and not config.start.lr > 0:
+            raise UnweaveError(f"start.lr must be above 0, got {config.start.lr}.")
+    if config.end_to_end is None:
+        return
+    for sae in config.saes:
+        if sae.coder != "sae" or sae.matryoshka or sae.error != "squared" or sae.normalize != "scalar":
+            raise UnweaveError(
+                "an end-to-end loss takes the place of an autoencoder's squared error: leave out coder, matryoshka, "
+                "error and normalize."
+            )
+    if config.model_precision == "bf16" or config.background is True or config.model_device is not None:
+        raise UnweaveError(
+            "an end-to-end loss runs the model as it is, beside the SAE and in step with it: leave out "
+            "model_precision, background and model_device."
+        )

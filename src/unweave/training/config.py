@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from unweave._errors import UnweaveError
 from unweave.activations import DataConfig, ImageConfig, MaskConfig
 from unweave.objectives import (
     PENALTIES,
     AuxK,
+    EndToEnd,
     GhostGradients,
     KSchedule,
     Matryoshka,
@@ -23,14 +24,18 @@ from unweave.objectives import (
 from unweave.sae import Activation, TopK
 from unweave.sae.archetypal import ArchetypalDictionary, TiedDictionary
 from unweave.sae.temporal import Temporal
-from unweave.training.combinations import check_objectives
+from unweave.training.combinations import check_objectives, check_run
 from unweave.training.controller import L0Controller
 from unweave.training.dictionary import check_dictionary, check_order, is_tied
 from unweave.training.resampling import Resampling
 from unweave.training.sites import PREDICTS, check_coder, check_sites
 from unweave.training.values import from_dict, to_dict
 
-__all__ = ["SAEConfig", "TrainConfig", "from_dict", "to_dict"]
+__all__ = ["METHODS", "Method", "SAEConfig", "Start", "TrainConfig", "from_dict", "to_dict"]
+
+Method = Literal["scale", "unrotated_decoder", "decoder"]
+METHODS: tuple[Method, ...] = get_args(Method)
+"""What of a finished SAE's decoder can be fine-tuned; see `unweave.training.finetune`."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class SAEConfig:
         coder: "sae", or one that reads or predicts something else: "transcoder" (from each hook to its target),
             "crosscoder" (one code for all hooks), or "clt" (a code for each hook, which predicts its target and all
             later ones; `d_sae` and the activation function's k are a layer's).
-        skip: Whether a transcoder also has a linear map from its input to its target.
+        skip: Whether a transcoder (of a clt, each layer) also has a linear map from its input to its target.
         temporal: Attention that predicts a part of each token from those before it; the rest is encoded. Batches are
             then whole sequences in order (see `train_on`).
         dictionary: `TiedDictionary()` (one matrix for both ways) or `ArchetypalDictionary()` (atoms near data points).
@@ -159,11 +164,12 @@ class SAEConfig:
     def learning_rate(self) -> float:
         return self.lr if self.lr is not None else 2e-4 / (self.d_sae / 2**14) ** 0.5
 
-    def threshold_rate(self, d_in: int) -> float:
-        """Learning rate of thresholds at a width."""
+    def threshold_rate(self, d_in: int, bandwidth: float | None = None) -> float:
+        """Learning rate of thresholds at a width, and at a bandwidth other than the activation function's."""
         if self.threshold_lr is not None:
             return self.threshold_lr
-        return min(self.learning_rate * d_in**0.5, 0.1 * getattr(self.activation, "bandwidth", float("inf")))
+        window = getattr(self.activation, "bandwidth", float("inf")) if bandwidth is None else bandwidth
+        return min(self.learning_rate * d_in**0.5, 0.1 * window)
 
     @property
     def decoder_is_unit(self) -> bool:
@@ -184,6 +190,24 @@ class SAEConfig:
 
 
 @dataclass(frozen=True)
+class Start:
+    """An SAE that a run trains further, in place of a fresh one.
+
+    Attributes:
+        sae: A path, the name of a release, or a repository on the Hub; None: it is passed to `train`.
+        id: The SAE in it, where there are several.
+        method: What is fine-tuned: "decoder", "unrotated_decoder" or "scale", with codes that stay what they are; see
+            `unweave.training.finetune`. None: all weights, by `TrainConfig.end_to_end`.
+        lr: Learning rate. None: 1e-3 for a decoder, a quarter of `SAEConfig.lr` for all weights.
+    """
+
+    sae: str | None = None
+    id: str | None = None
+    method: Method | None = None
+    lr: float | None = None
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A training run on the activations of a model.
 
@@ -195,7 +219,10 @@ class TrainConfig:
         hooks: Where the activations are taken, by module path, glob or alias. Every SAE is trained at each of them.
         targets: What transcoders and cross-layer transcoders predict, named alike: the first target belongs to the
             first hook, in the order of the model's modules.
-        saes: The SAEs to train; all see the same batches.
+        saes: The SAEs to train; all see the same batches. With `start`, leave them out: its settings follow from it.
+        start: An SAE to train further.
+        end_to_end: A loss of the model that the SAEs are spliced into, in place of the squared error; see
+            `unweave.training.end_to_end`. Each step then takes whole rows, as many as `batch_size` tokens are.
         tokens: Tokens to train on, after masking.
         batch_size: Tokens in an optimiser step.
         out: Folder for the SAEs, `metrics.jsonl`, `config.json` and checkpoints; None writes nothing.
@@ -221,6 +248,8 @@ class TrainConfig:
     data: str = "stdlib"
     hooks: tuple[str, ...] = ("resid_post.1",)
     targets: tuple[str, ...] = ()
+    start: Start | None = None
+    end_to_end: EndToEnd | None = None
     saes: tuple[SAEConfig, ...] = (SAEConfig(),)
     tokens: int = 2_000_000
     batch_size: int = 4096
@@ -257,6 +286,7 @@ class TrainConfig:
             raise UnweaveError("a training run needs at least one hook and one SAE.")
         check_sites(self.saes, self.targets)
         check_order(self.saes)
+        check_run(self)
 
     @property
     def ring_size(self) -> int:

@@ -94,7 +94,7 @@ def dense_gradients(
     dtype, (n, d), m = torch.bfloat16 if low else torch.float32, x.shape, sae.d_sae
     rows_dec, rows_enc = sae.W_dec.detach(), sae.W_enc.detach().T
     W_dec, W_enc, bias = rows_dec.to(dtype), rows_enc.to(dtype), sae.b_enc.detach().to(dtype)
-    jump = config.activation if isinstance(config.activation, JumpReLU) else None
+    jump = sae.activation if isinstance(sae.activation, JumpReLU) else None
     theta = x.new_zeros(m) if sae.threshold is None else sae.threshold.detach()
     norms = rows_dec.norm(dim=1) if isinstance(config.sparsity_term, L1) else None
     add = x.new_zeros(m) if norms is None else penalty / n * norms

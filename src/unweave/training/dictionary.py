@@ -116,7 +116,10 @@ def archetypal_atoms(
     made = ArchetypalAtoms(points, sae.d_sae, dictionary.delta)
     atoms = made.atoms()
     sae.W_dec.copy_(atoms)
-    sae.W_enc.copy_(torch.nn.functional.normalize(atoms, dim=1).T)
+    # Beside free norms the encoder starts small, as in `fresh_coder`: the codes of unit rows are so large that
+    # TanhReLU's saturate, and a penalty strong enough for so many active latents shrinks the others, too.
+    small = 0.1 if sae.activation.free_norms else 1.0
+    sae.W_enc.copy_(small * torch.nn.functional.normalize(atoms, dim=1).T)
     return made
 
 

@@ -28,6 +28,7 @@ from unweave.sae import (
 from unweave.sae.files import save_training_form
 from unweave.sae.normalization import token_statistics
 from unweave.training.config import SAEConfig, to_dict
+from unweave.training.finetune import DecoderTuning
 from unweave.training.fresh import Scale
 from unweave.training.trainee import Trainee
 
@@ -63,7 +64,10 @@ def finished_sae(trainee: Trainee, calibration: list[Float[Tensor, "n d_in"]], m
         calibration: Raw activations, held out where there are any.
         metadata: Where the SAE comes from.
     """
+    if isinstance(trainee, DecoderTuning):
+        return trainee.finished(metadata)
     sae = copy.deepcopy(trainee.sae).requires_grad_(False)
+    sae.activation = trainee.config.activation  # whose window may have been widened
     sae.metadata = dict(metadata)
     if isinstance(sae, TemporalSAE):
         sae.scale = float(trainee.scale)

@@ -73,7 +73,7 @@ def fresh_coder(
     elif config.coder == "clt":
         assert widths is not None
         assert target_widths is not None
-        sae = CrossLayerTranscoder(widths, target_widths, d_sae, activation, generator=generator)
+        sae = CrossLayerTranscoder(widths, target_widths, d_sae, activation, skip=config.skip, generator=generator)
         if small:
             sae.W_dec.data.zero_()
     elif config.coder == "crosscoder":

@@ -94,7 +94,7 @@ class Fused:
 
     def _select(self, centred: Tensor, screen: kernels.Screen | None) -> kernels.Selection:
         sae, config = self.sae, self.config
-        spec = config.activation.selection(sae.threshold, len(centred))
+        spec = sae.activation.selection(sae.threshold, len(centred))
         if isinstance(spec, kernels.LargestOfBatch):
             spec = kernels.LargestOfBatch(spec.budget, spec.hint if self.bound is None else 0.97 * self.bound)
         # Matryoshka stays sparse: each of its prefixes would take dense products of its own.
@@ -153,7 +153,7 @@ class Fused:
             loss = loss + penalty / n * kernels.ordered_sum(sums * norms)
             penalised_grad += penalty / n * norms[indices]
             along = penalty / n * sums / norms.clamp(min=torch.finfo(norms.dtype).tiny)
-        if isinstance(config.activation, JumpReLU):
+        if isinstance(sae.activation, JumpReLU):
             assert theta is not None
             towards = -code_grad * theta
             if isinstance(config.sparsity_term, TargetL0):
@@ -161,7 +161,7 @@ class Fused:
                 value, slope = TargetL0.of(l0 / n / target - 1)
                 loss = loss + penalty * value
                 towards -= penalty * slope / (target * n)
-            window = ((pre - theta).abs() < config.activation.bandwidth / 2) / config.activation.bandwidth
+            window = ((pre - theta).abs() < sae.activation.bandwidth / 2) / sae.activation.bandwidth
             own["threshold"] = _by_latent(indices, towards * window, m)
 
         aux = None

@@ -30,6 +30,8 @@ def as_rows(name: str, parameter: Tensor) -> Tensor:
     """A parameter of an SAE, or its gradient, as a matrix, latent by latent where it has latents."""
     if parameter.ndim < 2:
         return parameter.view(1, -1)
+    if parameter.ndim > 2:  # a cross-layer transcoder's skip, layer after layer
+        return parameter.flatten(0, -2)
     return parameter.T if name == "W_enc" else parameter
 
 

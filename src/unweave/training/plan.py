@@ -17,7 +17,7 @@ from unweave.models import Meter
 from unweave.training.config import TrainConfig
 from unweave.training.harvest import runs_ahead
 from unweave.training.sites import Site
-from unweave.training.trainees import new_trainee
+from unweave.training.trainees import MakeTrainee, new_trainee
 
 CALIBRATION_TOKENS = 32_768
 """Activations that give scales, initial biases and points before training, and thresholds after it; at most."""
@@ -164,7 +164,11 @@ def plan(config: TrainConfig, *, model: Any = None, data: Any = None, seconds: f
 
 
 def plan_run(
-    config: TrainConfig, stream: ActivationStream, sites: Sequence[Sequence[Site]], seconds: float = 0.0
+    config: TrainConfig,
+    stream: ActivationStream,
+    sites: Sequence[Sequence[Site]],
+    seconds: float = 0.0,
+    make: MakeTrainee = new_trainee,
 ) -> Plan:
     """Measure forward passes and a training step of each SAE; the stream is not moved on.
 
@@ -173,6 +177,7 @@ def plan_run(
         stream: Its activations.
         sites: Where each SAE of the config is trained.
         seconds: How long to measure forward passes, at least; two are measured in any case.
+        make: Makes an SAE.
 
     Raises:
         UnweaveError: What is known without trying already does not fit.
@@ -192,7 +197,7 @@ def plan_run(
         ready = _AHEAD * cost.prompts_per_pass * stream.rows.context * per_token
         buffers.append(Buffer("passes ahead", ready, at, lower="prompts_per_pass"))
     rows = math.ceil(config.tokens / (stream.rows.context * cost.kept))
-    return with_steps(config, sites, cost, stream.device, buffers, background=background, rows=rows)
+    return with_steps(config, sites, cost, stream.device, buffers, background=background, rows=rows, make=make)
 
 
 def with_steps(
@@ -205,6 +210,7 @@ def with_steps(
     background: bool,
     rows: int,
     ring_bytes: int | None = None,
+    make: MakeTrainee = new_trainee,
 ) -> Plan:
     """The plan, once a step of each SAE is measured.
 
@@ -217,6 +223,7 @@ def with_steps(
         background: Whether activations come while the SAEs are trained.
         rows: See `Plan`.
         ring_bytes: Of the ring in a checkpoint; None: those of its activations.
+        make: Makes an SAE.
     """
     at, per_token = str(device), sum(cost.bytes_per_token.values())
     wanted = [(sae, site) for sae, places in zip(config.saes, sites, strict=True) for site in places]
@@ -229,7 +236,7 @@ def with_steps(
         dtypes = {name: cost.dtypes[name] for name in cost.widths}
         sample = {h: torch.randn(n, w, device=device).to(dtypes[h]) for h, w in cost.widths.items()}
         with Meter() as building:
-            trainee = new_trainee(sae, site, sample, steps=steps, tokens=config.tokens, seed=0)
+            trainee = make(sae, site, sample, steps=steps, tokens=config.tokens, seed=0)
         batch = {name: x[: config.batch_size] for name, x in sample.items()}
         with Meter() as first:
             trainee.step(*site.rows(batch))

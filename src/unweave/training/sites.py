@@ -125,7 +125,7 @@ def check_sites(saes: Sequence[SAEConfig], targets: Sequence[str]) -> None:
 def check_coder(config: SAEConfig) -> None:
     """Refuse what a kind of coder cannot do."""
     kind = config.coder
-    if config.skip and kind != "transcoder":
+    if config.skip and kind not in PREDICTS:
         raise UnweaveError(f"a skip is a transcoder's linear map from its input to its target, and this is a {kind}.")
     if kind == "sae":
         return

@@ -10,31 +10,28 @@ never interrupted (on the same machine with the same number of threads).
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from unweave._errors import UnweaveError
-from unweave._files import write_json
-from unweave.activations import ActivationStream, ShuffledBatches
-from unweave.models import LoadedModel, dtype_of, head_index, load_model, resolve_hooks, tl_name
+from unweave._files import remove_folder
+from unweave.models import LoadedModel, load_model, resolve_hooks
 from unweave.sae import SAE
 from unweave.training.cached import CachedSession, cached_data
-from unweave.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from unweave.training.config import TrainConfig, from_dict, to_dict
+from unweave.training.checkpoint import load_checkpoint, save_checkpoint
+from unweave.training.config import TrainConfig
+from unweave.training.end_to_end import SplicedSession, check_end_to_end
 from unweave.training.finish import finished_sae, save_finished
-from unweave.training.harvest import ahead_of, live_stream
-from unweave.training.plan import CALIBRATION_TOKENS, Plan, plan_run
+from unweave.training.further import check_start_fits, furthered, resolved, tuning_of, widths_at
+from unweave.training.harvest import live_stream
+from unweave.training.plan import CALIBRATION_TOKENS
 from unweave.training.progress import say
-from unweave.training.rows import AnyRows, as_tokenized, held_out_share, open_rows, rows_metadata
-from unweave.training.sites import Site, sites_of, where
+from unweave.training.rows import as_tokenized, held_out_share, open_rows
+from unweave.training.run_folder import CHECKPOINTS, check_folder, claim_folder, is_finished
+from unweave.training.session import Session
+from unweave.training.sites import Site, sites_of
 from unweave.training.trainees import trainees_at
 from unweave.training.trainer import Run, fit
 
@@ -61,44 +58,23 @@ class TrainResult:
         return self.session.model
 
 
-@dataclass
-class Session:
-    """A prepared run: everything is loaded and checked, nothing is trained."""
-
-    config: TrainConfig
-    model: LoadedModel
-    sites: list[list[Site]]
-    """Of each SAE of the config."""
-    rows: AnyRows
-    stream: ActivationStream
-    data: Any
-
-    def plan(self, seconds: float = 0.0) -> Plan:
-        """Shapes, steps, bytes and time, measured on some forward passes (for `seconds`, at least) and steps."""
-        return plan_run(self.config, self.stream, self.sites, seconds)
-
-    @contextmanager
-    def batches(self) -> Iterator[ShuffledBatches]:
-        """Shuffled batches without end, the model running ahead if it is to."""
-        with ahead_of(self.config, self.stream) as stream:
-            yield ShuffledBatches(stream, self.config.batch_size, self.config.ring_size, self.config.seed)
-
-    def held_out(self) -> dict[str, Tensor]:
-        """Activations of held-out documents (of training ones if the text was given as training text alone)."""
-        return _held_out_activations(self)
-
-    def metadata(self, site: Site) -> dict[str, Any]:
-        """Where an SAE comes from."""
-        return _metadata(self, site)
-
-
-def prepare(config: TrainConfig, model: Any = None, data: Any = None) -> Session | CachedSession:
+def prepare(
+    config: TrainConfig, model: Any = None, data: Any = None, start: SAE | None = None
+) -> Session | CachedSession:
     """Load the model, open the data, and resolve the hooks; raises UnweaveError where one of them is wrong.
 
     From a cache, the model is only loaded if something asks for it.
     """
+    config, start = resolved(config, start)
     if (cached := cached_data(config.data if data is None else data)) is not None:
-        return CachedSession.of(config, cached, model)
+        if config.end_to_end is not None:
+            raise UnweaveError("an end-to-end loss runs the model on text, and a cache holds activations alone.")
+        from_cache = CachedSession.of(config, cached, model)
+        if start is not None:
+            made_with = from_cache.metadata(from_cache.sites[0][0])
+            check_start_fits(start, from_cache.store.widths, from_cache.hooks, made_with)
+            from_cache.make = tuning_of(start, config)
+        return from_cache
     loaded = (
         model
         if isinstance(model, LoadedModel)
@@ -107,6 +83,10 @@ def prepare(config: TrainConfig, model: Any = None, data: Any = None) -> Session
     hooks = [str(hook) for hook in resolve_hooks(loaded.module, config.hooks)]
     targets = [str(hook) for hook in resolve_hooks(loaded.module, config.targets)]
     sites = [sites_of(sae, hooks, targets) for sae in config.saes]
+    if start is not None:
+        check_start_fits(start, widths_at(loaded, hooks), hooks, loaded)
+    if config.end_to_end is not None:
+        check_end_to_end(config, loaded, hooks)
     data = config.data if data is None else data
     if loaded.vision is None:
         config = replace(config, text=as_tokenized(data, config.text))
@@ -116,7 +96,12 @@ def prepare(config: TrainConfig, model: Any = None, data: Any = None) -> Session
         _check_held_out(data, loaded, config)
     places = resolve_hooks(loaded.module, list(dict.fromkeys([*hooks, *targets])))
     stream = live_stream(config, loaded, places, rows)
-    return Session(config, loaded, sites, rows, stream, data)
+    if config.end_to_end is not None:
+        return SplicedSession(config, loaded, sites, rows, stream, data, start=start)
+    session = Session(config, loaded, sites, rows, stream, data)
+    if start is not None:
+        session.make = tuning_of(start, config)
+    return session
 
 
 def _check_held_out(data: Any, model: LoadedModel, config: TrainConfig) -> None:
@@ -132,6 +117,7 @@ def train(
     *,
     model: Any = None,
     data: Any = None,
+    start: SAE | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -143,7 +129,9 @@ def train(
         model: A model that is loaded already, in place of `config.model`.
         data: Texts, tokens or images that are in memory, in place of `config.data`; anything that `TokenRows` or, for
             a vision model, `ImageRows` takes. A cache, or any `Store`: then no pass of the model is made.
-        resume: Go on from the checkpoint in `config.out`.
+        start: An SAE that is loaded already, in place of `config.start.sae`; it is not changed.
+        resume: Go on from the checkpoint in `config.out`; from the beginning if there is none yet. What a finished run
+            saved is returned as it is.
         overwrite: Replace what `config.out` holds.
         progress: Whether to show the plan and the progress on standard error.
 
@@ -154,9 +142,12 @@ def train(
         UnweaveError: If something about the input is wrong; nothing has been written then.
         TrainingInterrupted: After Ctrl-C, once a checkpoint is written.
     """
+    config, start = resolved(config, start)
     out = Path(config.out) if config.out is not None else None
-    checkpoint = _check_folder(config, out, resume=resume, overwrite=overwrite)
-    session = prepare(config, model, data)
+    checkpoint = check_folder(config, out, resume=resume, overwrite=overwrite)
+    session = prepare(config, model, data, start)
+    if resume and out is not None and is_finished(out):
+        return _saved(session, out)
     plan = session.plan()
     plan.check()
     if progress:
@@ -167,14 +158,17 @@ def train(
         state = load_checkpoint(checkpoint) if checkpoint else None
         if state is not None:
             batches.load_state_dict(state["stream"])
-        steps, sample = -(-config.tokens // config.batch_size), batches.peek(CALIBRATION_TOKENS)
-        trainees = trainees_at(config.saes, session.sites, sample, steps=steps, tokens=config.tokens, seed=config.seed)
+        sample = batches.peek(CALIBRATION_TOKENS)
+        trainees = trainees_at(
+            config.saes, session.sites, sample, steps=plan.steps, tokens=config.tokens, seed=config.seed,
+            make=session.make,
+        )  # fmt: skip
         run = Run(trainees, config.tokens, out, sites={str(site): site for group in session.sites for site in group})
         if state is not None:
             run.load_state_dict(state["run"])
         del state, sample  # as large as the ring
         if out is not None:
-            _claim_folder(config, out, keep=resume)
+            claim_folder(config, out, checkpoint, resume=resume)
         fit(
             run,
             iter(batches),
@@ -184,12 +178,12 @@ def train(
             how_to_resume="Go on with the same command and --resume.",
         )
         if out is not None:  # whatever happens from here on, the training is not lost
-            save_checkpoint(out / "checkpoints", run.step, {"run": run.state_dict(), "stream": state_now()})
+            save_checkpoint(out / CHECKPOINTS, run.step, {"run": run.state_dict(), "stream": state_now()})
     del batches, state_now
-    return _finish(session, run, out)
+    return _finish(session, run, out, start)
 
 
-def _finish(session: Session | CachedSession, run: Run, out: Path | None) -> TrainResult:
+def _finish(session: Session | CachedSession, run: Run, out: Path | None, start: SAE | None) -> TrainResult:
     needed = any(trainee.sae.activation.calibrated for group in run.trainees.values() for trainee in group)
     held_out = session.held_out() if needed else {}
     only = sum(map(len, run.trainees.values())) == 1
@@ -198,105 +192,28 @@ def _finish(session: Session | CachedSession, run: Run, out: Path | None) -> Tra
         site = run.sites[name]
         calibration = [site.rows(held_out).x] if held_out else []
         for i, trainee in enumerate(group):
-            sae = finished_sae(trainee, calibration, session.metadata(site))
+            metadata = session.metadata(site)
+            if start is not None:
+                metadata = furthered(start, session.config, trainee.config.learning_rate, metadata)
+            sae = finished_sae(trainee, calibration, metadata)
             saes.append(sae)
             if out is not None:
                 folder = out / "sae" if only else out / "saes" / site.folder / f"{i:02d}_{sae.activation.name}"
                 folders.append(save_finished(sae, trainee.config, folder))
     if out is not None:
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        remove_folder(out / CHECKPOINTS)
     return TrainResult(saes, folders, run.history, session)
 
 
-def _held_out_activations(session: Session) -> dict[str, Tensor]:
-    """Activations of held-out documents (of training ones if the text was given as training text alone)."""
-    config = session.config
-    rows = open_rows(session.data, session.model, config, held_out=held_out_share(session.model, config) > 0)
-    hooks = session.stream.hooks
-    at, n = session.stream.device, config.prompts_per_pass
-    stream = ActivationStream(session.model, hooks, rows, config.masks, n, device=at)
-    parts: list[dict[str, Tensor]] = []
-    for part in stream:
-        parts.append(part)
-        if sum(len(p[str(hooks[0])]) for p in parts) >= CALIBRATION_TOKENS:
-            break
-    if not parts:
-        raise UnweaveError("the masks leave no held-out token to calibrate thresholds on.")
-    return {name: torch.cat([p[name] for p in parts])[:CALIBRATION_TOKENS] for name in map(str, hooks)}
-
-
-def _metadata(session: Session, site: Site) -> dict[str, Any]:
-    config, module = session.config, session.model.module
-    names = {str(hook): tl_name(module, hook) or str(hook) for hook in session.stream.hooks}
-    return {
-        "model_name": session.model.name,
-        "model_class_name": type(session.model.module).__name__,
-        **where(site, names),
-        "hook_head_index": head_index(module, next(h for h in session.stream.hooks if str(h) == site.inputs[0])),
-        "context_size": session.rows.context,
-        "dataset_path": config.data if session.data is config.data else None,
-        "seqpos_slice": [None],
-        "exclude_special_tokens": config.masks.special_tokens,
-        **rows_metadata(session.model, config),
-        "masks": to_dict(config.masks),
-        "model_precision": str(dtype_of(session.stream.model.module)).removeprefix("torch."),
-        "training_tokens": config.tokens,
-        "training_epochs": session.rows.epoch + 1,
-        "seed": config.seed,
-    }
-
-
-def _check_folder(config: TrainConfig, out: Path | None, *, resume: bool, overwrite: bool) -> Path | None:
-    """The checkpoint to resume from, if any; refuses a folder that holds something else."""
-    if out is None:
-        if resume:
-            raise UnweaveError("a run without an output folder cannot be resumed.")
-        return None
-    if out.exists() and not out.is_dir():
-        raise UnweaveError(f"the output {str(out)!r} is a file; name a folder.")
-    if not resume:
-        if out.is_dir() and any(out.iterdir()) and not overwrite:
-            raise UnweaveError(
-                f"the folder {str(out)!r} is not empty; pass --resume to go on or --overwrite to start anew."
-            )
-        return None
-    saved = checkpoints(out / "checkpoints")
-    if not saved and any((out / name).exists() for name in ("sae", "saes")):
-        raise UnweaveError(f"the run in {str(out)!r} is finished, so there is nothing to resume.")
-    if not saved:
-        raise UnweaveError(f"there is no checkpoint to resume from in {str(out)!r}.")
-    before = read_run_config(out)
-    for key, value in to_dict(config).items():
-        if key not in ("out", "device") and value != to_dict(before)[key]:
-            raise UnweaveError(
-                f"the run in {str(out)!r} has {key}={to_dict(before)[key]!r}, so it cannot go on with {value!r}."
-            )
-    return saved[-1]
-
-
-def read_run_config(out: Path) -> TrainConfig:
-    """The config of the run in a folder.
-
-    Raises:
-        UnweaveError: If there is none, or it is damaged.
-    """
-    path = out / "config.json"
-    try:
-        config = from_dict(TrainConfig, json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UnweaveError(f"{str(path)!r} is not the config of a run: {error}.") from error
-    assert isinstance(config, TrainConfig)
-    return config
-
-
-def _claim_folder(config: TrainConfig, out: Path, *, keep: bool) -> None:
-    """Empty the folder of an earlier run's files and write the config that a resumed run is checked against."""
-    if keep:
-        return
-    for name in ("sae", "saes", "checkpoints"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "eval.json", "features.html"):
-        (out / name).unlink(missing_ok=True)
-    for path in out.glob("eval_*.json"):  # of a coder with several targets
-        path.unlink()
-    write_json(out / "config.json", to_dict(config))
+def _saved(session: Session | CachedSession, out: Path) -> TrainResult:
+    """What a finished run has saved, in the order of `_finish`."""
+    numbers: dict[Site, int] = {}
+    for site in (site for group in session.sites for site in group):
+        numbers[site] = numbers.get(site, 0) + 1
+    folders = [out / "sae"]
+    if sum(numbers.values()) > 1:
+        folders = [
+            next(iter((out / "saes" / site.folder).glob(f"{i:02d}_*"))) for site, n in numbers.items() for i in range(n)
+        ]
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return TrainResult([SAE.load(folder) for folder in folders], folders, [json.loads(x) for x in lines], session)

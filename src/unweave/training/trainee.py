@@ -38,6 +38,7 @@ from unweave.training.resampling import resample
 from unweave.training.schedules import learning_rate_factor, warmup_factor
 from unweave.training.sparsity import Sparsity
 from unweave.training.step import Step
+from unweave.training.window import follow_spread, set_window
 
 MAX_DEAD_AFTER = 10_000_000
 _EMA = 0.99
@@ -202,6 +203,7 @@ class Trainee:
         if self.target_scale is not None and target is not None:
             target = target.detach().to(sae.dtype) * self.target_scale
         sparsity_scale = warmup_factor(self.step_count, self.steps, config.sparsity_warmup)
+        follow_spread(self, x)
         made = None
         if self.fused is not None:
             penalty = self.sparsity.scaled(self.step_count, sparsity_scale)
@@ -284,6 +286,7 @@ class Trainee:
             "atoms": None if self.atoms is None else dict(self.atoms.state_dict()),
             "dense": self.fused is not None and self.fused.dense,
             "sparsity": self.sparsity.state_dict(),
+            "bandwidth": getattr(self.sae.activation, "bandwidth", None),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -302,6 +305,7 @@ class Trainee:
         self.step_count = state["step_count"]
         self.optimizer.load_state_dict(state["optimizer"], self.step_count)
         self.sparsity.load_state_dict(state["sparsity"], self.step_count)
+        set_window(self, state["bandwidth"])
         self._screen = None  # of the weights before
         if self.fused is not None:
             self.fused.dense = bool(state.get("dense"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from jaxtyping import Float
 from torch import Tensor
@@ -10,6 +11,38 @@ from torch import Tensor
 from unweave.training.config import SAEConfig
 from unweave.training.sites import Site
 from unweave.training.trainee import Trainee
+
+
+class MakeTrainee(Protocol):
+    """Makes a coder at one site; see `new_trainee`."""
+
+    def __call__(
+        self,
+        config: SAEConfig,
+        site: Site,
+        sample: Mapping[str, Float[Tensor, "n d"]],
+        *,
+        steps: int,
+        tokens: int,
+        seed: int,
+    ) -> Trainee: ...
+
+
+def new_trainee(
+    config: SAEConfig,
+    site: Site,
+    sample: Mapping[str, Float[Tensor, "n d"]],
+    *,
+    steps: int,
+    tokens: int,
+    seed: int,
+) -> Trainee:
+    """One fresh coder at one site."""
+    x, target = site.rows(sample)
+    widths, targets = (parts if len(parts) > 1 else None for parts in site.widths(sample))
+    return Trainee(
+        config, x, steps=steps, tokens=tokens, seed=seed, target=target, widths=widths, target_widths=targets
+    )
 
 
 def trainees_at(
@@ -20,8 +53,9 @@ def trainees_at(
     steps: int,
     tokens: int,
     seed: int,
+    make: MakeTrainee = new_trainee,
 ) -> dict[str, list[Trainee]]:
-    """Fresh coders by the name of their site.
+    """Coders by the name of their site.
 
     Args:
         configs: What to train.
@@ -30,22 +64,12 @@ def trainees_at(
         steps: Steps of the whole run.
         tokens: Tokens of the whole run.
         seed: The n-th config draws its weights with `seed + n`.
+        make: Makes each; by default, fresh ones.
     """
     trainees: dict[str, list[Trainee]] = {}
     for i, (config, places) in enumerate(zip(configs, sites, strict=True)):
         for site in places:
             trainees.setdefault(str(site), []).append(
-                new_trainee(config, site, sample, steps=steps, tokens=tokens, seed=seed + i)
+                make(config, site, sample, steps=steps, tokens=tokens, seed=seed + i)
             )
     return trainees
-
-
-def new_trainee(
-    config: SAEConfig, site: Site, sample: Mapping[str, Tensor], *, steps: int, tokens: int, seed: int
-) -> Trainee:
-    """One coder at one site."""
-    x, target = site.rows(sample)
-    widths, targets = (parts if len(parts) > 1 else None for parts in site.widths(sample))
-    return Trainee(
-        config, x, steps=steps, tokens=tokens, seed=seed, target=target, widths=widths, target_widths=targets
-    )

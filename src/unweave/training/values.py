@@ -85,6 +85,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             f"{where} must be a list (in TOML, tables in a list are written [[{where}]]), got {value!r}."
         )
     literals = [v for o in options if typing.get_origin(o) is Literal for v in typing.get_args(o)]
+    if value is None and type(None) in options:
+        return None
     if literals and value not in literals:
         raise UnweaveError(f"{where} is one of {', '.join(map(repr, literals))}, got {value!r}.")
     plain = tuple(o for o in options if isinstance(o, type) and not dataclasses.is_dataclass(o))
