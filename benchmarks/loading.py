@@ -2,14 +2,18 @@
 
     python benchmarks/loading.py [--write] [--formats saelens gemma_scope ...] [--d-in 4096 --d-sae 65536]
 
-The file is in the page cache for both. Each round reads the bytes, then loads, in one process; times are medians,
-memory is the highest resident set beyond that before the call. The files are made in a temporary folder.
+The file is in the page cache for both, and both end with its bytes in fresh memory: read by one thread and no more, or
+as weights, which were checked and, where the format stores them the other way round, transposed. Each round does both,
+in one process; times are medians, memory is the highest resident set beyond that before the call. The files are made
+one after another in a temporary folder, of 2 GB at a time. `--write` puts the table into
+`benchmarks/results/loading.md`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -24,6 +28,10 @@ import measure
 from unweave.sae import SAE
 
 ROUNDS = 5
+ABOUT = (
+    "float32 weights, the file in the page cache. Its bytes are read by one thread into fresh memory; `SAE.load` uses "
+    "all threads."
+)
 
 
 def saelens(folder: Path, d: int, m: int) -> Path:
@@ -58,9 +66,21 @@ def dictionary_learning(folder: Path, d: int, m: int) -> Path:
     return folder / "ae.pt"
 
 
+def saev(folder: Path, d: int, m: int) -> Path:
+    config = {"d_model": d, "d_sae": m, "activation": {"cls": "Relu", "params": {}}}
+    with (folder / "sae.pt").open("wb") as file:
+        file.write(json.dumps({"schema": 5, "cfg": config, "commit": "", "lib": ""}).encode() + b"\n")
+        torch.save(weights((d, m)), file)
+    return folder / "sae.pt"
+
+
 WRITERS: dict[str, Callable[[Path, int, int], Path]] = {
-    made.__name__: made for made in (saelens, gemma_scope, sparsify, dictionary_learning)
+    made.__name__: made for made in (saelens, gemma_scope, sparsify, dictionary_learning, saev)
 }
+
+
+TURNED = {"saelens": "W_enc", "gemma_scope": "W_enc", "sparsify": "", "dictionary_learning": "W_dec", "saev": "W_enc"}
+"""Which weight is stored the other way round than in memory."""
 
 
 def weights(encoder: tuple[int, int]) -> dict[str, Tensor]:
@@ -81,22 +101,16 @@ def row(name: str, d: int, m: int, rounds: int) -> list[str]:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         path = WRITERS[name](folder, d, m)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # or it would be written to disk while it is read
         size, times = path.stat().st_size, []
         for _ in range(rounds + 1):  # the first warms up
             times.append((measure.seconds(lambda: read_bytes(path)), measure.seconds(lambda: SAE.load(folder))))
         read, load = (statistics.median(column) for column in zip(*times[1:], strict=True))
         before = measure.resident()
         peak = measure.peak_resident(lambda: SAE.load(folder)) - before
-    ratios = f"{load / read:.2f}", f"{peak / size:.2f}"
-    return [
-        name,
-        f"{size / 1e9:.2f} GB",
-        f"{read:.2f} s",
-        f"{load:.2f} s",
-        ratios[0],
-        f"{peak / 1e9:.2f} GB",
-        ratios[1],
-    ]
+    cells = f"{size / 1e9:.2f} GB", f"{read:.2f} s", f"{load:.2f} s", f"{load / read:.2f}", f"{peak / size:.2f}"
+    return [name, TURNED[name], *cells]
 
 
 def main() -> None:
@@ -108,9 +122,11 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     measure.check_peak_resident()
-    heading = ["format", "file", "reading its bytes", "`SAE.load`", "times", "peak memory", "times"]
+    heading = ["format", "transposed", "file", "reading its bytes", "`SAE.load`", "times as long", "peak memory / file"]
     rows = [row(name, args.d_in, args.d_sae, args.rounds) for name in args.formats]
-    text = "\n\n".join([*measure.machine(), measure.table(heading, rows)])
+    text = "\n\n".join(
+        ["\n".join(measure.machine()), f"{ABOUT} Medians of {args.rounds} rounds.", measure.table(heading, rows)]
+    )
     print(text)
     if args.write:
         measure.write("loading.md", text)

@@ -23,6 +23,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _PIECE = 1 << 18  # elements, which stay in the cache of a core
+_BLOCK = (120, 1920)  # rows and columns of a matrix that are transposed at a time, which stay in cache too
 
 
 class Mapping(mmap.mmap):
@@ -89,16 +90,30 @@ def is_own(tensor: Tensor) -> bool:
 def own(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
     """A contiguous copy, and whether all of it is finite; a mapped tensor's pages are given back as they are copied."""
     made = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
-    if not tensor.is_contiguous():  # transposing as a whole is several times faster than in pieces
-        made.copy_(tensor)
-        _forget(tensor.T if tensor.ndim == 2 else tensor)
-        return made, is_finite(made)
+    if tensor.ndim == 2 and not tensor.is_contiguous():
+        return made, _transpose(tensor.T, made)
     finite = True
-    for source, target in zip(tensor.view(-1).split(_PIECE), made.view(-1).split(_PIECE), strict=True):
+    for source, target in zip(tensor.reshape(-1).split(_PIECE), made.view(-1).split(_PIECE), strict=True):
         target.copy_(source)
         finite = finite and _is_finite(target)  # while it is in cache
         _forget(source)
     return made, finite
+
+
+def _transpose(matrix: Tensor, made: Tensor) -> bool:
+    """Fill `made` with the transpose of a matrix, block by block, and say whether all of it is finite.
+
+    PyTorch transposes fast only from contiguous to contiguous memory, and in one thread. So all threads copy a block
+    out of the matrix, one transposes it in cache, and all copy it to its place.
+    """
+    finite = True
+    for rows, columns in zip(matrix.split(_BLOCK[0]), made.split(_BLOCK[0], 1), strict=True):
+        for source, target in zip(rows.split(_BLOCK[1], 1), columns.split(_BLOCK[1]), strict=True):
+            block = source.to(made.dtype).contiguous()
+            finite = finite and _is_finite(block)
+            target.copy_(block.T.contiguous())
+        _forget(rows)
+    return finite
 
 
 def _forget(tensor: Tensor) -> None:

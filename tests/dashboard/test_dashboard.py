@@ -180,6 +180,7 @@ def test_any_module_and_no_tokenizer(sae: SAE, tmp_path: Path) -> None:
 
     module = Tiny().train()
     own = LoadedModel(module, None, "own")
+    del sae.metadata["hf_hook_name"]  # this module has none of its hooks
     path = dashboard(sae, model=own, data=torch.randint(30, (50, 32)), hook="mix", path=tmp_path / "f.html")
     data = data_of(path)
     assert "promoted" not in data["latents"][0]
@@ -195,6 +196,35 @@ def test_the_name_of_the_model_tells_no_path(sae: SAE, model: LoadedModel, texts
     path = dashboard(sae, model=here, data=texts, path=tmp_path / "f.html", tokens=1000)
     assert data_of(path)["header"]["subject"] == "my-model · transformer.h.0"
     assert "secret" not in path.read_text(encoding="utf-8")
+
+
+def notes_of(path: Path) -> list[str]:
+    return [text for name, text in data_of(path)["header"]["more"] if name == "note"]
+
+
+def test_another_model_and_hook_are_said_here_and_on_the_page(
+    sae: SAE, model: LoadedModel, texts: list[str], tmp_path: Path
+) -> None:
+    at, out = {"tokens": 1000, "n_features": 2, "data": texts}, tmp_path / "f.html"
+    assert notes_of(dashboard(sae, model=model, path=out, **at)) == []
+    sae.metadata |= {"model_name": "gpt2"}
+    with pytest.warns(UserWarning, match="the SAE was trained") as caught:
+        path = dashboard(sae, model=model, path=out, hook="transformer.h.1", **at)
+    said = [
+        "the SAE was trained on the model 'gpt2' and is used on 'tiny'",
+        "the SAE was trained on activations at 'transformer.h.0' and reads those at 'transformer.h.1'",
+    ]
+    assert notes_of(path) == said
+    assert [str(w.message) for w in caught] == [f"{note}." for note in said]
+    assert {w.filename for w in caught} == {__file__}
+
+
+def test_another_tokenizer_of_the_model_is_refused(
+    sae: SAE, model: LoadedModel, texts: list[str], tmp_path: Path
+) -> None:
+    sae.metadata |= {"model_name": "tiny", "tokenizer_fingerprint": "another"}
+    with pytest.raises(UnweaveError, match="the tokenizer of 'tiny' has another vocabulary"):
+        dashboard(sae, model=model, data=texts, path=tmp_path / "f.html")
 
 
 class TestBadInput:

@@ -112,6 +112,14 @@ def test_a_model_of_text_has_no_such_page(sae: SAE, model: LoadedModel, tmp_path
         image_dashboard(sae, model=model, data="digits", path=tmp_path / "x.html", hook="transformer.h.0")
 
 
+def test_another_hook_is_said_here_and_on_the_page(sae: SAE, vit: LoadedModel, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"at 'vit\.layers\.1' and reads those at 'vit\.layers\.0'"):
+        path = image_dashboard(
+            sae, model=vit, data="digits", path=tmp_path / "x.html", hook="vit.layers.0", tokens=200, n_features=2
+        )
+    assert [name for name, _ in shown(path)["header"]["facts"]].count("note") == 1
+
+
 def shown(path: Path) -> Any:
     found = re.search(r'id="data">(.*?)</script>', path.read_text(encoding="utf-8"), re.DOTALL)
     assert found

@@ -245,7 +245,7 @@ def test_heads_side_by_side(batches):
 
 def test_another_model_is_noticed(gpt2, sae, batches):
     sae.metadata["model_name"] = "EleutherAI/pythia-70m"
-    with pytest.warns(UserWarning, match="trained on the model 'EleutherAI/pythia-70m' and evaluated on 'tiny'"):
+    with pytest.warns(UserWarning, match="trained on the model 'EleutherAI/pythia-70m' and is used on 'tiny'"):
         report = evaluate(sae, model=gpt2, data=batches, tokens=50)
     assert any("pythia" in note for note in report.notes)
     sae.metadata["model_name"] = "org/Tiny"

@@ -55,10 +55,10 @@ def test_another_tokenizer_of_the_model_is_refused_pitfall_207(
 def test_another_model_is_said_with_its_tokenizer_pitfall_208(
     measure: Callable[..., list[str]], gpt2: LoadedModel, other_tokenizer: LoadedModel
 ) -> None:
-    with pytest.warns(UserWarning, match="trained on the model 'small' and evaluated on 'tiny'|another vocabulary"):
+    with pytest.warns(UserWarning, match="trained on the model 'small' and is used on 'tiny'|another vocabulary"):
         notes = measure(other_tokenizer, model_name="small", tokenizer_fingerprint=fingerprint(gpt2.tokenizer))
     assert [note.partition(" 'tiny'")[0] for note in notes] == [
-        "the SAE was trained on the model 'small' and evaluated on", "the tokenizer of",
+        "the SAE was trained on the model 'small' and is used on", "the tokenizer of",
     ]  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 Repositories with commits, branches and tags; regular and LFS uploads; `resolve` with HEAD, ranges, ETag and
 X-Repo-Commit; listings; private and gated repositories. Everything is in memory. `Hub.fault` makes a request fail the
-way networks and hubs do: a status, a connection that drops midway, bytes that were damaged on the way.
+way networks and hubs do: a status, a connection that drops at once or midway, bytes that were damaged on the way.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class Fault:
     code: str | None = None
     drop_after: int | None = None
     corrupt: bool = False
+    reset: bool = False
     times: int = 10**9
 
 
@@ -155,6 +156,9 @@ class Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             self.hub.requests.append(line)
             fault = self.hub.fault_for(line)
+        if fault is not None and fault.reset:
+            self.reset()
+            return
         if fault is not None and self.command in ("PUT", "POST") and fault.drop_after is not None:
             self.rfile.read(min(length, fault.drop_after))
             self.reset()

@@ -181,6 +181,19 @@ def test_classes_that_are_not_known_or_not_said(tmp_path: Path) -> None:
     assert read_sae(tmp_path / "ae.pt", dict_class="AutoEncoderTopK", k=3).activation.k == 3  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("version", ["6.54.12", None])
+def test_an_unknown_architecture_is_answered_with_the_known(version: str | None, tmp_path: Path) -> None:
+    config = json.loads((SAE(D, M, ReLU()).save(tmp_path) / "cfg.json").read_text())
+    if version is None:  # as versions 3 to 5 have it
+        del config["metadata"]
+    (tmp_path / "cfg.json").write_text(json.dumps(config | {"architecture": "kronecker"}))
+    for read in (read_sae, describe_sae):
+        with pytest.raises(UnweaveError, match="architecture 'kronecker', which is none of standard, ") as error:
+            read(tmp_path)
+        known = ("topk", "batchtopk", "jumprelu", "gated")
+        assert all(name in str(error.value) for name in known)
+
+
 @pytest.mark.parametrize("activation", ["Identity", "Gelu"])
 def test_openai_activations_that_no_sae_has(activation: str, tmp_path: Path) -> None:
     tensors = linear()
@@ -198,7 +211,9 @@ def test_openai_activations_that_no_sae_has(activation: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("keys", "tensors", "message"),
     [
-        ({"sae_type": "lorsa"}, {}, "sae_type 'lorsa'; read are sae, crosscoder, clt"),
+        ({"sae_type": "lorsa"}, {}, "'lorsa', which is low-rank sparse attention, .*; read are sae, crosscoder, clt"),
+        ({"sae_type": "molt"}, {}, "'molt', which is a mixture of linear transforms, .*; read are sae"),
+        ({"sae_type": "transcoder9"}, {}, "'transcoder9', which is nothing that is known; read are sae"),
         ({"act_fn": "prolu"}, {}, "act_fn 'prolu', which is none of"),
         ({"norm_activation": "batch-wise"}, {}, "batch-wise"),
         ({"norm_activation": "dataset-wise"}, {}, r"no dataset_average_activation_norm\.a"),
@@ -216,6 +231,19 @@ def test_llamascopium_that_no_sae_computes(
     save_file(weights | tensors, tmp_path / "sae_weights.safetensors")
     with pytest.raises(UnweaveError, match=message):
         read_sae(tmp_path)
+
+
+@pytest.mark.parametrize("read", [read_sae, describe_sae])
+@pytest.mark.parametrize("place", ["sae_weights.dcp", "checkpoints/final.dcp"])
+@pytest.mark.parametrize("files", [[".metadata"], [".metadata", "__0_0.distcp"]])
+def test_a_distributed_checkpoint_is_named(read: Any, place: str, files: list[str], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"sae_type": "sae", "d_model": D}))
+    (tmp_path / place).mkdir(parents=True)
+    for name in files:
+        (tmp_path / place / name).write_bytes(b"\x80")
+    name = Path(place).name
+    with pytest.raises(UnweaveError, match=rf"has its weights in '{name}', a distributed checkpoint of PyTorch, whose"):
+        read(tmp_path)
 
 
 def test_overcomplete_where_it_is_not_safe(tmp_path: Path) -> None:

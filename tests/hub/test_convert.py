@@ -22,6 +22,7 @@ from unweave.sae import (
     Activation,
     BatchTopK,
     Crosscoder,
+    CrossLayerTranscoder,
     Gated,
     GroupMax,
     JumpReLU,
@@ -57,6 +58,14 @@ def transcoder(activation: Activation, *, skip: bool = False, d_out: int = D, **
     return randomise(Transcoder(D, d_out, M, activation, skip=skip, metadata=metadata))  # type: ignore[no-any-return]
 
 
+def cross_layer(activation: Activation, *, skip: bool = False, d_out: int = D, **metadata: Any) -> CrossLayerTranscoder:
+    reads, writes = ({f"blocks.{i}.{hook}": n for i in range(3)} for hook, n in (("in", D), ("out", d_out)))
+    made = randomise(CrossLayerTranscoder(reads, writes, M // 3, activation, skip=skip, metadata=metadata))
+    with torch.no_grad():
+        made._clear(made.W_dec)
+    return made  # type: ignore[no-any-return]
+
+
 EXPRESSIBLE = {
     "saelens": [autoencoder(ReLU()), autoencoder(Gated()), transcoder(TopK(3), skip=True, d_out=5)],
     "sparsify": [
@@ -70,7 +79,8 @@ EXPRESSIBLE = {
     ],
     "circuit_tracer": [
         transcoder(ReLU()), transcoder(TopK(3), d_out=5), transcoder(JumpReLU(), skip=True),
-        autoencoder(ReLU(), pre_bias=False), autoencoder(JumpReLU()),
+        autoencoder(ReLU(), pre_bias=False), autoencoder(JumpReLU()), autoencoder(BatchTopK(3)),
+        cross_layer(ReLU()), cross_layer(JumpReLU(), skip=True), cross_layer(BatchTopK(3), d_out=5),
     ],
     "saev": [autoencoder(ReLU()), autoencoder(RawTopK(3), pre_bias=False), autoencoder(BatchTopK(3))],
 }  # fmt: skip
@@ -85,7 +95,7 @@ def test_codes_and_outputs_survive(to: str, index: int, tmp_path: Path) -> None:
     assert 0 < result.before.l0 < M
     assert max(result.codes, result.outputs) < 1e-5
     assert result.flipped == 0
-    x = torch.randn(50, D) + sae.b_dec[:1]
+    x = torch.randn(50, sae.d_in) + sae.b_dec[:1]
     torch.testing.assert_close(theirs.encode(x), sae.encode(x), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(theirs(x), sae(x), atol=1e-5, rtol=1e-5)
     again = SAE.load(theirs.save(tmp_path / "again"))
@@ -115,6 +125,10 @@ def layer_normed() -> SAE:
         ("dictionary_learning", autoencoder(BatchTopK(2.5)), "whole k only"),
         ("dictionary_learning", SAE(D, M, BatchTopK(3)), "no threshold yet"),
         ("circuit_tracer", transcoder(GroupMax(4)), "not GroupMax"),
+        ("circuit_tracer", randomise(Crosscoder({"a": 4, "b": 4}, M, TopK(3))), "no form for a Crosscoder"),
+        ("circuit_tracer", cross_layer(TopK(3)), "cross-layer transcoders have ReLU and JumpReLU, and not TopK"),
+        ("circuit_tracer", SAE(D, M, BatchTopK(3)), "no threshold yet"),
+        ("sparsify", cross_layer(ReLU()), "no form for a CrossLayerTranscoder"),
         ("saev", autoencoder(TopK(3)), r"keeps negative codes \(RawTopK\), not TopK"),
         ("saev", autoencoder(Gated()), "not Gated"),
         ("saev", autoencoder(BatchTopK(2.5)), "whole k only"),
@@ -241,6 +255,70 @@ def test_hints_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main([*call, "k=3", "--k", "4"]) == 2
     assert "k is 4 and, as a hint, 3" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("to", "lost"),
+    [
+        ("saelens", None), ("sparsify", "hf_hook_name, hook_name, model_name, dataset_path"),
+        ("dictionary_learning", "hf_hook_name, hook_name, dataset_path"),
+        ("circuit_tracer", "hf_hook_name, dataset_path"),
+        ("saev", "hf_hook_name, hook_name, model_name, dataset_path"),
+    ],
+)  # fmt: skip
+def test_what_a_target_has_no_place_for_is_said(to: str, lost: str | None, tmp_path: Path) -> None:
+    activation = {"sparsify": TopK(3)}.get(to, ReLU())
+    sae = autoencoder(activation, model_name="gpt2", dataset_path="text", hf_hook_name="transformer.h.3")
+    notes = convert(sae.save(tmp_path / "ours"), tmp_path / "theirs", to=to).notes
+    assert notes[:1] == ([] if lost is None else [f"files of {to} have no place for these metadata: {lost}"])
+    assert (len(notes) > 1) == (to == "circuit_tracer")
+    if to == "circuit_tracer":  # whose readers take an SAE for a transcoder from its hook to itself
+        place = "'blocks.3.hook_resid_post'"
+        assert notes[1] == f"the hook_name_out is {place} to readers of circuit_tracer, and it was not known"
+
+
+def test_notes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = autoencoder(TopK(3), model_name="gpt2", hf_hook_name="transformer.h.3").save(tmp_path / "ours")
+    assert main(["convert", str(source), str(tmp_path / "layers.3"), "--to", "sparsify"]) == 0
+    shown = capsys.readouterr().out
+    assert "note: files of sparsify have no place for these metadata: hook_name, model_name\n" in shown
+    assert "note: the hf_hook_name is 'layers.3' to readers of sparsify, and it was 'transformer.h.3'\n" in shown
+
+
+def test_a_layout_that_sae_lens_reads_with_an_architecture_that_it_does_not(tmp_path: Path) -> None:
+    source = autoencoder(GroupMax(4)).save(tmp_path / "ours")
+    (note,) = convert(source, tmp_path / "theirs", to="saelens").notes
+    assert note.startswith("SAELens has no architecture 'groupmax' and refuses these files")
+    assert convert(autoencoder(TopK(3)).save(tmp_path / "b"), tmp_path / "c", to="saelens").notes == []
+
+
+def test_the_format_that_was_read_is_named_and_not_one_of_before(tmp_path: Path) -> None:
+    convert(autoencoder(TopK(3)).save(tmp_path / "a"), tmp_path / "b", to="sparsify")
+    convert(tmp_path / "b", tmp_path / "c", to="saelens")
+    assert convert(tmp_path / "b", tmp_path / "d", to="dictionary_learning").source == "sparsify"
+    assert convert(tmp_path / "c", tmp_path / "e", to="dictionary_learning").source == "saelens"
+
+
+def test_circuit_tracer_s_layers_of_a_cross_layer_transcoder(tmp_path: Path) -> None:
+    """An autoencoder reads and writes at one hook; of several layers the hooks' common part is what the config says."""
+    write_sae(cross_layer(JumpReLU(), model_name="gpt2", d_out=5), tmp_path / "clt", "circuit_tracer")
+    decoders = [load_file(tmp_path / "clt" / f"W_dec_{i}.safetensors")[f"W_dec_{i}"] for i in range(3)]
+    assert [tuple(decoder.shape) for decoder in decoders] == [(M // 3, 3 - i, 5) for i in range(3)]
+    config = yaml.safe_load((tmp_path / "clt" / "config.yaml").read_text())
+    assert config == {"model_name": "gpt2", "feature_input_hook": "in", "feature_output_hook": "out"}
+    write_sae(autoencoder(ReLU()), tmp_path / "sae", "circuit_tracer")
+    read = read_sae(tmp_path / "sae").metadata
+    assert (read["hook_name"], read["hook_name_out"]) == 2 * ("blocks.3.hook_resid_post",)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_hook"),
+    [("layers.10", True), ("model.layers.3.mlp", True), ("h.0", True), ("embed_tokens", True), ("wte", True),
+     ("sae-2b", False), ("sparsify2", False), ("v1.2-final", False), ("run_3", False)],
+)  # fmt: skip
+def test_a_folder_s_name_is_a_hook_if_it_is_a_module_s(name: str, is_hook: bool, tmp_path: Path) -> None:
+    folder = write_sae(autoencoder(TopK(3)), tmp_path / name, "sparsify")
+    assert read_sae(folder).metadata.get("hf_hook_name") == (name if is_hook else None)
 
 
 def test_help_names_the_formats_that_are_written(capsys: pytest.CaptureFixture[str]) -> None:

@@ -224,6 +224,9 @@ def test_a_repository_without_an_sae(hub: Any) -> None:
     hub.add("me/nothing", {"README.md": b"", "model.gguf": b""})
     with pytest.raises(UnweaveError, match=r"'me/nothing' holds no SAE: there are 'README\.md', 'model\.gguf'\.$"):
         SAE.from_pretrained("me/nothing")
+    hub.add("me/dcp", {"config.json": b'{"sae_type": "sae"}', "sae_weights.dcp/.metadata": b"\x80"})
+    with pytest.raises(UnweaveError, match=r"'me/dcp' has its weights in 'sae_weights\.dcp', a distributed checkpoint"):
+        SAE.from_pretrained("me/dcp")
 
 
 def test_a_path(tmp_path: Path, x: torch.Tensor) -> None:
@@ -456,7 +459,7 @@ def test_without_a_network_what_is_cached_is_named(hub: Any, offline: Any) -> No
     SAE.from_pretrained(JB, JB_ID)
     offline()
     with pytest.raises(
-        UnweaveError, match=rf"cannot be reached at http://127\.0\.0\.1:1; in the cache are of '{JB_REPO}': "
+        UnweaveError, match=rf"cannot be reached at http://127\.0\.0\.1:1 \(.*\); in the cache are of '{JB_REPO}': "
     ):
         SAE.from_pretrained(JB, "blocks.9.hook_resid_pre")
     with pytest.raises(UnweaveError, match=rf"was not downloaded before; in the cache are .*{JB_ID}/cfg\.json"):

@@ -1,11 +1,13 @@
 """Every format: a file as its library writes it, and the forward pass that its authors documented, written down again.
 
-Codes and outputs of what we read are compared with that forward pass, and once more after our own save and load. Each
-case has biases, thresholds and norms that matter; PyTorch files also have tensors that are not contiguous.
+Codes and outputs of what we read are compared with that forward pass, once more after our own save and load, and then
+as every format that we write and that can express them. Each case has biases, thresholds and norms that matter; PyTorch
+files also have tensors that are not contiguous.
 """
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +20,27 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unweave.hub import describe_sae, read_sae
-from unweave.sae import SAE, Crosscoder, CrossLayerTranscoder, TemporalSAE, Transcoder
+from unweave._errors import UnweaveError
+from unweave.hub import convert, describe_sae, formats, read_sae
+from unweave.sae import (
+    SAE,
+    AbsTopK,
+    BatchTopK,
+    Crosscoder,
+    CrossLayerTranscoder,
+    Gated,
+    GroupMax,
+    JumpReLU,
+    RawTopK,
+    ReLU,
+    TemporalSAE,
+    TopK,
+    Transcoder,
+)
+from unweave.sae.files import save_training_form
 
 D, M, N = 12, 40, 60
+WRITERS = [name for name, made in formats().items() if made.write is not None]
 
 
 class Published(NamedTuple):
@@ -985,6 +1004,61 @@ def test_codes_and_outputs_are_the_authors(published: tuple[str, Published], tmp
     assert_same(SAE.load(sae.save(tmp_path / "ours")), expected)
 
 
+def refusal(sae: SAE, to: str) -> str | None:
+    """What a format has to say to an SAE that it cannot express; written down from what the libraries have."""
+    kind, name = type(sae), type(sae.activation).__name__
+    if to == "saelens":  # our own layout, too
+        return None
+    layered = to == "circuit_tracer" and kind is CrossLayerTranscoder
+    predicts = to in ("sparsify", "circuit_tracer")
+    if kind is not SAE and not layered and not (kind is Transcoder and predicts):
+        return f"has no form for a {kind.__name__}"
+    if sae.per_token is not None:
+        return rf"normalises every token \({sae.per_token}\)"
+    known = {
+        "sparsify": {TopK, GroupMax},
+        "dictionary_learning": {ReLU, TopK, BatchTopK, JumpReLU, Gated},
+        "circuit_tracer": {ReLU, BatchTopK, JumpReLU} | (set() if layered else {TopK}),  # one threshold is a JumpReLU's
+        "saev": {ReLU, RawTopK, BatchTopK},
+    }
+    return None if type(sae.activation) in known[to] else rf"(not|no class for) {name}\.$"
+
+
+def assert_same_as(to: str, source: Path, expected: Published, folder: Path) -> bool:
+    """Convert, and compare with the authors' numbers; or see that the format says what it cannot express."""
+    if message := refusal(SAE.load(source), to):
+        with pytest.raises(UnweaveError, match=message):
+            convert(source, folder, to=to)
+        assert not folder.exists()
+        return False
+    convert(source, folder, to=to)
+    assert_same(read_sae(folder, format=to), expected)
+    return True
+
+
+def test_they_survive_every_format_that_can_express_them(published: tuple[str, Published], tmp_path: Path) -> None:
+    """Read, save, load, convert, load: and still the authors' codes and outputs."""
+    format_name, expected = published
+    ours = read_sae(expected.path, **expected.hints).save(tmp_path / "ours")
+    survived = {to for to in WRITERS if assert_same_as(to, ours, expected, tmp_path / to)}
+    assert "saelens" in survived
+    assert format_name not in WRITERS or format_name in survived or type(SAE.load(ours).activation) in (
+        AbsTopK,  # of sparsify's older versions
+        JumpReLU,  # of saev's BatchTopK, whose k an inference form does not have
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "batchtopk" in name or "matryoshka" in name])
+def test_batchtopk_survives_from_its_training_form(name: str, tmp_path: Path) -> None:
+    """Which says the k that its libraries want, and the one threshold."""
+    torch.manual_seed(7)
+    (tmp_path / "files").mkdir()
+    expected = CASES[name][1](tmp_path / "files")
+    ours = save_training_form(read_sae(expected.path), tmp_path / "ours", {})
+    assert type(SAE.load(ours).activation) is BatchTopK
+    assert {to for to in WRITERS if assert_same_as(to, ours, expected, tmp_path / to)} == {*WRITERS} - {"sparsify"}
+
+
 def test_the_config_alone_says_the_same(published: tuple[str, Published], monkeypatch: pytest.MonkeyPatch) -> None:
     """pitfall_268: widths come from the tensors; no weight is read for them."""
     format_name, expected = published
@@ -1026,3 +1100,60 @@ def test_files_and_saes_are_independent(published: tuple[str, Published]) -> Non
     assert all(torch.equal(tensor, weights[name]) for name, tensor in sae.state_dict().items())
     starts = [tensor.untyped_storage().data_ptr() for tensor in sae.state_dict().values()]
     assert len(set(starts)) == len(starts)  # no two share memory, not even where the file says that they are tied
+
+
+def weights_of(path: Path) -> Path:
+    """The largest file with tensors."""
+    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.suffix in (".safetensors", ".npz", ".pt")]
+    return max(files, key=lambda file: file.stat().st_size)
+
+
+def test_cut_off_files_are_refused_in_one_sentence(published: tuple[str, Published]) -> None:
+    """Whichever format, wherever the file ends: never another error, never an SAE of half of the bytes."""
+    _, expected = published
+    path = weights_of(expected.path)
+    whole = path.read_bytes()
+    for end in (0, 7, len(whole) // 3, len(whole) - 9):
+        path.write_bytes(whole[:end])
+        with pytest.raises(UnweaveError, match=r"damaged|is known|code in it|no line of JSON|does not begin") as error:
+            read_sae(expected.path, **expected.hints)
+        assert str(error.value).count("\n") == 0
+    garbled = bytearray(whole)
+    garbled[8:40] = b"\xff" * 32
+    path.write_bytes(garbled)
+    with pytest.raises(UnweaveError):
+        read_sae(expected.path, **expected.hints)
+
+
+def cut(value: Any) -> tuple[Any, bool]:
+    """The same tensors, of which one decoder (else another matrix) lacks the end of its last axis; whether one does."""
+    if isinstance(value, Tensor) and value.ndim > 1:
+        return value[..., :-1].clone(), True
+    if not isinstance(value, dict):
+        return value, False
+    made, done = dict(value), False
+    for name in sorted(made, key=lambda name: ("dec" in str(name).lower(), str(name)), reverse=True):
+        if not done:
+            made[name], done = cut(made[name])
+    return made, done
+
+
+def test_a_tensor_of_another_shape_is_named(published: tuple[str, Published]) -> None:
+    _, expected = published
+    path = weights_of(expected.path)
+    if path.suffix == ".safetensors":
+        tensors, done = cut(load_file(path))
+        safe(path, tensors)
+    elif path.suffix == ".npz":
+        tensors, done = cut({name: torch.from_numpy(array) for name, array in np.load(path).items()})
+        npz(path, tensors)
+    else:
+        head, _, _ = path.read_bytes().partition(b"\n") if path.read_bytes()[:1] == b"{" else (b"", b"", b"")
+        with path.open("rb") as file:
+            file.seek(len(head) + 1 if head else 0)
+            tensors, done = cut(torch.load(io.BytesIO(file.read()), weights_only=True))
+        torch.save(tensors, path)
+        path.write_bytes((head + b"\n" if head else b"") + path.read_bytes())
+    assert done
+    with pytest.raises(UnweaveError, match=r"shape|width|go with|square"):
+        read_sae(expected.path, **expected.hints)

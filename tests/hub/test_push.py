@@ -210,7 +210,9 @@ def test_an_interrupted_push_goes_on_where_it_stopped(hub: Any, tmp_path: Path) 
     upload = {hashlib.sha256(p.read_bytes()).hexdigest() for p in tmp_path.rglob("*.safetensors")}
     stays = sorted(upload)[0]
     fault = hub.fault(rf"^PUT /lfs/{stays}", drop_after=100)
-    with pytest.raises(UnweaveError, match=r"^the connection to http://127.* broke at the repository 'me/saes'"):
+    with pytest.raises(
+        UnweaveError, match=r"^the connection to http://127.* broke at the repository 'me/saes' .*: try again\.$"
+    ):
         push(tmp_path, REPO)
     assert files(hub) == {}  # nothing is half there
     assert upload - set(hub.lfs) == {stays}
@@ -247,6 +249,11 @@ def test_two_pushes_at_once_both_stay(hub: Any) -> None:
     an_sae(hook="h.2").push_to_hub(REPO)
     assert {"h.1/cfg.json", "h.2/cfg.json", "h.3/cfg.json"} <= set(files(hub))
     assert re.findall(r"\| \[`(h\.\d)`\]", card(hub)[1]) == ["h.1", "h.2", "h.3"]
+
+
+def test_a_name_without_an_owner_needs_a_token(hub: Any, without_token: None) -> None:
+    with pytest.raises(UnweaveError, match=r"^a name without an owner .*: no token was given, pass token="):
+        an_sae().push_to_hub("saes")
 
 
 def test_without_the_right_to_write(hub: Any, without_token: None) -> None:

@@ -22,14 +22,14 @@ from unweave.activations import DataConfig, MaskConfig, MaskReport, Masks
 from unweave.dashboard.collect import Collected, Collector
 from unweave.dashboard.interest import most_interesting
 from unweave.dashboard.logits import logit_effects
-from unweave.dashboard.observe import collect, read_rows, without_path
+from unweave.dashboard.observe import collect, read_rows
 from unweave.dashboard.page import render
 from unweave.dashboard.records import latent_records
 from unweave.dashboard.tokens import token_strings
 from unweave.evaluation import Report
 from unweave.evaluation.provenance import weights_hash
 from unweave.evaluation.sample import default_data_config, default_masks, hook_of
-from unweave.models import LoadedModel, load_model
+from unweave.models import LoadedModel, differences, load_model, without_path
 from unweave.sae import SAE
 
 _TOP_CONTEXTS = 15
@@ -52,6 +52,8 @@ def dashboard(
 ) -> Path:
     """Write a page that shows when the most interesting latents fire, and what they do to the logits.
 
+    If the SAE was trained on another model or at another hook, a warning and the page say so.
+
     Args:
         sae: A finished SAE, which takes raw activations.
         model: Where its activations come from.
@@ -72,14 +74,15 @@ def dashboard(
         The path of the page.
 
     Raises:
-        UnweaveError: No hook is known, or it is not of the SAE's width; tokens that are not the model's; activations
-            that are NaN or infinite; nothing to read.
+        UnweaveError: No hook is known, or it is not of the SAE's width; tokens that are not the model's, or the
+            tokenizer; activations that are NaN or infinite; nothing to read.
     """
     if tokens < 1 or n_features < 1:
         raise UnweaveError(f"tokens and n_features must be at least 1, got {tokens} and {n_features}.")
     if not isinstance(model, LoadedModel):
         model = load_model(model)
     place = hook_of(sae, model, hook)
+    notes = differences(sae.metadata, model, [place])
     config = replace(data_config or default_data_config(sae), seed=seed)
     rows, origin = read_rows(data, model, config, tokens)
     masking = Masks(masks or default_masks(sae), model.tokenizer, rows.ids.shape[1])
@@ -104,6 +107,7 @@ def dashboard(
             *_mask_counts(masking.report, masking.config),
             ["latents that never fired", f"{int((collected.counts == 0).sum()):,} of {sae.d_sae:,}"],
             ["seed", str(seed)],
+            *(["note", note] for note in notes),
             ["SAE weights", f"sha256 {weights_hash(sae)[:16]}"],
             ["made with", f"unweave {__version__}"],
         ],

@@ -22,12 +22,11 @@ from unweave._errors import UnweaveError
 from unweave._files import atomic_path
 from unweave.activations import ImageBatch, ImageConfig, ImageRows, MaskConfig, Masks
 from unweave.dashboard.image_collect import ImageFeatures, collect_images
-from unweave.dashboard.observe import without_path
 from unweave.dashboard.page import render_images
 from unweave.evaluation import Report
 from unweave.evaluation.provenance import weights_hash
 from unweave.evaluation.sample import default_image_config, default_masks, hook_of
-from unweave.models import LoadedModel, load_model
+from unweave.models import LoadedModel, differences, load_model, without_path
 from unweave.sae import SAE
 
 _LARGEST = 112
@@ -51,6 +50,8 @@ def image_dashboard(
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write a page that shows which patches of which images make the latents fire.
+
+    If the SAE was trained on another model or at another hook, a warning and the page say so.
 
     Args:
         sae: A finished SAE, which takes raw activations.
@@ -80,6 +81,7 @@ def image_dashboard(
     place = hook_of(sae, model, hook)
     config = replace(data_config or default_image_config(sae), seed=seed)
     rows = ImageRows(data, model, config, held_out=False)
+    notes = [["note", note] for note in differences(sae.metadata, model, [place])]
     start = rows.state_dict()
     masking = Masks(masks or default_masks(sae), None, rows.context)
     found = collect_images(
@@ -91,7 +93,7 @@ def image_dashboard(
     subject = f"{without_path(model.name)} · {place}"
     page = render_images(
         {
-            "header": {"subject": subject, "facts": _facts(sae, found, rows, report)},
+            "header": {"subject": subject, "facts": [*_facts(sae, found, rows, report), *notes]},
             "classes": list(rows.source.classes),
             "images": pictures,
             "latents": [_latent(found, latent, pictures) for latent in latents],

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from unweave._errors import UnweaveError
 from unweave.activations import DataConfig, Masks, TokenBatch, TokenRows
 from unweave.dashboard.collect import Collected, Collector
 from unweave.evaluation.sample import check_fit
-from unweave.models import Hook, LoadedModel, capture
+from unweave.models import Hook, LoadedModel, capture, without_path
 from unweave.sae import SAE
 
 PROMPTS_PER_PASS = 64
@@ -58,11 +57,6 @@ def _spread(pool: TokenBatch, tokens: int) -> TokenBatch:
     wanted = min(-(-tokens // pool.ids.shape[1]), len(pool))
     chosen = torch.linspace(0, len(pool) - 1, wanted, dtype=torch.float64).round().long()
     return TokenBatch(pool.ids[chosen], pool.real[chosen], pool.documents[chosen])
-
-
-def without_path(name: str) -> str:
-    """The last part of a path that exists; the folders that it lies in are nobody else's business."""
-    return Path(name).name if Path(name).exists() else name
 
 
 def collect(

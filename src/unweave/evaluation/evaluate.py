@@ -22,7 +22,6 @@ from torch import nn
 from unweave._errors import UnweaveError
 from unweave.activations import DataConfig, ImageConfig, MaskConfig
 from unweave.evaluation.behaviour import BASELINE
-from unweave.evaluation.identity import differences
 from unweave.evaluation.measure import MEDIAN_PROMPTS, Measurement
 from unweave.evaluation.metrics import (
     compute,
@@ -44,7 +43,7 @@ from unweave.evaluation.sample import (
     places_of,
 )
 from unweave.evaluation.weights import weight_cosines
-from unweave.models import LoadedModel, load_model
+from unweave.models import LoadedModel, differences, load_model
 from unweave.sae import SAE
 
 if TYPE_CHECKING:
@@ -114,7 +113,7 @@ def evaluate(
         if not (first := first_rows(batches, MEDIAN_PROMPTS)):
             raise UnweaveError(f"{source.name} hold no rows to evaluate on.")
         measured = Measurement(sae, model, place, masks or default_masks(sae), first, reads, source.context)
-        measured.notes += differences(sae, model, reads)
+        measured.notes += differences(sae.metadata, model, reads, warn_of_hook=False)
         for batch in chain(first, batches):
             measured.add(batch)
             if progress is not None:
@@ -140,9 +139,12 @@ def _too_little(measured: Measurement, source: Source, tokens: int) -> list[str]
     report = measured.masks.report
     notes = []
     if report.seen < tokens:
-        notes.append(f"{source.name} held {report.seen:,} tokens, of the {tokens:,} that were asked for")
+        side = "" if source.split == "all" else f"{source.split} "
+        few = f"there are {report.seen:,}, fewer than the {tokens:,} asked for"
+        notes.append(f"measured on all {side}tokens of {source.name}: {few}")
     if not report.kept:
-        notes.append("the masks left no token, so nothing about activations could be measured")
+        why = report.why_nothing(measured.masks.config)
+        notes.append(f"the masks left no token, so nothing about activations could be measured: {why}")
     if source.split == "training":
         notes.append("measured on training tokens")
     if source.bad:

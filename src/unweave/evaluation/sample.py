@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from unweave._errors import UnweaveError
 from unweave.activations import DataConfig, ImageBatch, ImageConfig, ImageRows, MaskConfig, TokenBatch, TokenRows
-from unweave.models import Hook, LoadedModel, resolve_hooks
+from unweave.models import Hook, LoadedModel, resolve_hooks, trained_at
 from unweave.sae import SAE, Crosscoder, CrossLayerTranscoder, Transcoder
 
 Config = TypeVar("Config", DataConfig, ImageConfig, MaskConfig)
@@ -187,11 +187,9 @@ def hook_of(sae: SAE, model: LoadedModel, name: str | None) -> Hook:
     """The one hook that a name stands for; without a name, where the SAE's metadata say that it belongs."""
     if name is not None:
         return _one_hook(model, name)
-    known = sae.metadata.get("hf_hook_name") or sae.metadata.get("hook_name")
-    if known is None:
+    if (known := trained_at(sae.metadata)) is None:
         raise UnweaveError("the SAE's metadata name no hook: say where it belongs with hook='...'.")
-    head = sae.metadata.get("hook_head_index")
-    return _one_hook(model, known if head is None or "#" in known else f"{known}#{head}")
+    return _one_hook(model, known)
 
 
 def places_of(sae: SAE, model: LoadedModel, hook: str | None, target: str | None) -> tuple[list[Hook], Hook]:

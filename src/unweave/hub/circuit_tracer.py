@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor
 
@@ -18,8 +19,14 @@ from unweave._files import atomic_path, write_tensors
 from unweave.hub.cross_layer import Layer, cross_layer
 from unweave.hub.layout import plain, positive, take, value_of
 from unweave.hub.source import Source
-from unweave.hub.writing import metadata_for, only_autoencoders_and_transcoders, weights_of, with_pre_bias
-from unweave.sae import SAE, Activation, JumpReLU, ReLU, TopK
+from unweave.hub.writing import (
+    metadata_for,
+    only_autoencoders_and_transcoders,
+    thresholds_of,
+    weights_of,
+    with_pre_bias,
+)
+from unweave.sae import SAE, Activation, BatchTopK, CrossLayerTranscoder, JumpReLU, ReLU, TopK, Transcoder
 from unweave.sae.draft import Draft
 
 FILES, ENCODERS = ("layer_*.safetensors",), ("W_enc_*.safetensors",)
@@ -126,8 +133,11 @@ def _cross_layer(source: Source, config: dict[str, Any]) -> Draft:
 
 
 def write(sae: SAE, folder: Path) -> None:
+    if type(sae) is CrossLayerTranscoder:
+        _write_cross_layer(sae, folder)
+        return
     only_autoencoders_and_transcoders(sae, "circuit-tracer")
-    if type(sae.activation) not in (ReLU, TopK, JumpReLU):
+    if type(sae.activation) not in (ReLU, TopK, JumpReLU, BatchTopK):
         raise UnweaveError(f"circuit-tracer has ReLU, TopK and JumpReLU, and not {type(sae.activation).__name__}.")
     weights = with_pre_bias(sae, weights_of(sae), wanted=False)
     tensors: dict[str, Tensor] = {name: weights[name] for name in ("b_enc", "W_dec", "b_dec")}
@@ -135,14 +145,55 @@ def write(sae: SAE, folder: Path) -> None:
     if "W_skip" in weights:
         tensors["W_skip"] = weights["W_skip"]
     if sae.threshold is not None:
-        tensors["activation_function.threshold"] = weights["threshold"].expand(sae.d_sae).contiguous()
+        tensors["activation_function.threshold"] = thresholds_of(sae)
     if isinstance(sae.activation, TopK):
         tensors["k"] = weights["b_enc"].new_tensor(sae.activation.k).long()
     found = re.search(r"\d+", str(sae.metadata.get("hook_name") or sae.metadata.get("hf_hook_name") or "0"))
     layer = int(found[0]) if found else 0
     with atomic_path(folder / f"layer_{layer}.safetensors") as path:
         write_tensors(path, tensors)
-    config = _config_with(sae, layer, folder)
+    _write_config(folder, _config_with(sae, layer, folder))
+
+
+def _write_cross_layer(coder: CrossLayerTranscoder, folder: Path) -> None:
+    """Decoders from each layer to its own output and all later ones, side by side in one axis."""
+    if type(coder.activation) not in (ReLU, JumpReLU, BatchTopK):
+        raise UnweaveError(
+            "circuit-tracer's cross-layer transcoders have ReLU and JumpReLU, and not "
+            f"{type(coder.activation).__name__}."
+        )
+    if len(set(coder.writes.values())) > 1:
+        raise UnweaveError(f"circuit-tracer's layers write to one width, and this one's to {dict(coder.writes)}.")
+    weights, m = weights_of(coder), coder.latents_per_layer
+    thresholds = None if coder.threshold is None else thresholds_of(coder).split(m)
+    encoders, biases = weights["W_enc"].split(m, 1), weights["b_enc"].split(m)
+    outputs = list(coder.split(weights["b_dec"]).values())
+    for i, rows in enumerate(weights["W_dec"].split(m)):
+        tensors = {"W_enc": encoders[i].T, "b_enc": biases[i], "b_dec": outputs[i]}
+        if thresholds is not None:
+            tensors["threshold"] = thresholds[i]
+        if "W_skip" in weights:
+            tensors["W_skip"] = weights["W_skip"][i]
+        with atomic_path(folder / f"W_enc_{i}.safetensors") as path:
+            write_tensors(path, {f"{name}_{i}": _own(tensor) for name, tensor in tensors.items()})
+        decoders = torch.stack(list(coder.split(rows).values())[i:], 1)
+        with atomic_path(folder / f"W_dec_{i}.safetensors") as path:
+            write_tensors(path, {f"W_dec_{i}": decoders})
+    config, metadata = metadata_for(coder, "model_name"), coder.metadata
+    reads, writes = metadata.get("hook_names") or coder.reads, metadata.get("hook_names_out") or coder.writes
+    for key, names in zip(_DEFAULT_HOOKS, (reads, writes), strict=True):
+        ends = {name.removeprefix(f"blocks.{i}.") for i, name in enumerate(names)}
+        if len(ends) == 1 and ends.isdisjoint(names):
+            config[key] = ends.pop()
+    _write_config(folder, config)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy that is no view of something larger."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _write_config(folder: Path, config: dict[str, Any]) -> None:
     with atomic_path(folder / CONFIG) as path:
         path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
@@ -152,7 +203,8 @@ def _config_with(sae: SAE, layer: int, folder: Path) -> dict[str, Any]:
     before = Source(folder).yaml(CONFIG) if (folder / CONFIG).is_file() else {}
     config = {key: before[key] for key in ("model_name", *_DEFAULT_HOOKS) if key in before}
     config |= metadata_for(sae, "model_name")
-    for key, ours in zip(_DEFAULT_HOOKS, ("hook_name", "hook_name_out"), strict=True):
+    hooks = ("hook_name", "hook_name_out" if isinstance(sae, Transcoder) else "hook_name")
+    for key, ours in zip(_DEFAULT_HOOKS, hooks, strict=True):
         if (hook := re.fullmatch(r"blocks\.\d+\.(.+)", str(sae.metadata.get(ours)))) is not None:
             config[key] = hook[1]
     if isinstance(sae.activation, TopK):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from torch import Tensor
 
 from unweave._errors import UnweaveError
 from unweave._files import atomic_folder
-from unweave.hub.reader import read_sae, writer
+from unweave.hub.card import SAE_LENS
+from unweave.hub.reader import describe_sae, detect, read_sae, writer
+from unweave.hub.source import Source
 from unweave.sae import SAE, CrossLayerTranscoder, TemporalSAE, Transcoder
+from unweave.sae.reading import read_config
 
 PROBES, SEED = 256, 0
 _SCALES = 8
@@ -21,6 +25,12 @@ _SCALES = 8
 TOLERANCE, TOLERANCE_16_BIT = 1e-4, 5e-2
 FLIPPED = 1e-3
 """Share of the active latents that rounding may take across a threshold, or out of the k strongest."""
+_PLACE = (
+    "model_name", "hook_name", "hf_hook_name", "hook_name_out", "hf_hook_name_out", "hook_names", "hf_hook_names",
+    "hook_names_out", "hf_hook_names_out",
+)  # fmt: skip
+_OF_A_FILE = {"source_format", "sae_lens_version", "sae_lens_training_version", "training_architecture"}
+"""What metadata say of the file that was read, and not of the SAE."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ class Conversion:
         flipped: Share of active latents that are active on one side only.
         outputs: Largest difference of an output, in units of its probe's largest, where no latent flipped.
         probes: Number of probe inputs.
+        notes: What the written files do not say as the read ones did, and whether SAELens refuses them.
     """
 
     source: str
@@ -62,6 +73,7 @@ class Conversion:
     flipped: float
     outputs: float
     probes: int
+    notes: Sequence[str] = ()
 
 
 def convert(
@@ -84,9 +96,10 @@ def convert(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UnweaveError(f"{str(folder)!r} is not empty, and a conversion overwrites nothing.")
     before = read_sae(source, format=from_format, **hints)
+    read_as = from_format or detect(Source(source)).name
     with atomic_folder(folder) as temporary:
         write(before, temporary)
-        result = compare(before, read_sae(temporary, format=to), target=to)
+        result = compare(before, read_sae(temporary, format=to), source=read_as, target=to)
         tolerance = TOLERANCE if before.dtype in (torch.float32, torch.float64) else TOLERANCE_16_BIT
         if not (max(result.codes, result.outputs) <= tolerance and result.flipped <= FLIPPED):
             raise UnweaveError(
@@ -94,11 +107,32 @@ def convert(
                 f"to {result.outputs:.1e} of the largest, and {result.flipped:.1e} of the active latents are active on "
                 "one side only: nothing was written."
             )
-    return result
+    written = describe_sae(folder, format=to)["metadata"]  # now, as in some formats the folder's name is the hook's
+    return replace(result, notes=[*_changed(before.metadata, written, to), *_strange(folder, to)])
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any], to: str) -> list[str]:
+    """Sentences on metadata that the written files do not hold, or that they contradict."""
+    said = {key for key, value in before.items() if value is not None} - _OF_A_FILE
+    missing, notes = sorted(said - after.keys(), key=lambda key: (key not in _PLACE, key)), []
+    if missing:
+        notes.append(f"files of {to} have no place for these metadata: {', '.join(missing)}")
+    for key in _PLACE:
+        if key in after and after[key] != before.get(key):
+            was = repr(before[key]) if key in said else "not known"
+            notes.append(f"the {key} is {after[key]!r} to readers of {to}, and it was {was}")
+    return notes
+
+
+def _strange(folder: Path, to: str) -> list[str]:
+    """A sentence on what SAELens itself does not read, though it is written in its layout."""
+    if to != "saelens" or (architecture := read_config(folder)["architecture"]) in SAE_LENS:
+        return []
+    return [f"SAELens has no architecture {architecture!r} and refuses these files, which unweave reads"]
 
 
 @torch.no_grad()
-def compare(before: SAE, after: SAE, *, target: str) -> Conversion:
+def compare(before: SAE, after: SAE, *, source: str = "saelens", target: str) -> Conversion:
     """Two SAEs on the same probe inputs; see `Conversion`."""
     x = probes(before)
     (codes, outputs), (codes_2, outputs_2) = (_run(sae, x) for sae in (before, after))
@@ -109,7 +143,7 @@ def compare(before: SAE, after: SAE, *, target: str) -> Conversion:
     apart = torch.where(both, codes - codes_2, 0).abs().amax(1) / codes.abs().amax(1).clamp(min=1e-30)
     outputs_apart = (outputs - outputs_2).abs().amax(1) / outputs.abs().amax(1).clamp(min=1e-30)
     return Conversion(
-        source=before.metadata.get("source_format", "saelens"),
+        source=source,
         target=target,
         before=_side(before, x, codes, outputs),
         after=_side(after, x, codes_2, outputs_2),

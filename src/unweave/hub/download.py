@@ -18,6 +18,8 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from unweave._errors import UnweaveError, nearest
+from unweave._hub import downloaded, network_errors, unreachable
+from unweave.hub import published
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SHOWN = 12
@@ -111,18 +113,25 @@ def _download(repo: Repo, name: str, *, must: bool) -> Path | None:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     before = try_to_load_from_cache(repo.id, name, revision=repo.at, repo_type=repo.kind)
-    known = os.path.realpath(before) if isinstance(before, str) and not repo.force_download else None
+    cached = isinstance(before, str) and not repo.force_download
+    if repo.local_files_only or unreachable() is not None:
+        if cached:
+            return Path(str(before))
+        # Not to be reached is not to be missing, unless nothing but the cache was asked for, or it says so.
+        if must or (before is None and not repo.local_files_only):
+            raise UnweaveError(_away(repo, name))
+        return None
+    known = os.path.realpath(str(before)) if cached else None
     with explained(repo, name):
         try:
             path = Path(
                 hf_hub_download(
                     repo.id, name, revision=repo.at, repo_type=repo.kind, token=repo.token,
-                    local_files_only=repo.local_files_only, force_download=repo.force_download,
+                    force_download=repo.force_download,
                 )
             )  # fmt: skip
         except EntryNotFoundError as error:
-            # Not to be reached is not to be missing, unless nothing but the cache was asked for.
-            if must or (isinstance(error, LocalEntryNotFoundError) and not repo.local_files_only):
+            if must or isinstance(error, LocalEntryNotFoundError):  # which is said where the network fails
                 raise
             return None
     if os.path.realpath(path) != known:
@@ -163,9 +172,8 @@ def listing(repo: Repo) -> tuple[Repo, list[str]]:
         UnweaveError: If the repository or the revision is not there, or cannot be reached and nothing of it is cached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled
 
-    if not repo.local_files_only:
+    if not repo.local_files_only and unreachable() is None:
         try:
             with explained(repo):
                 info = HfApi(token=repo.token).repo_info(
@@ -174,10 +182,10 @@ def listing(repo: Repo) -> tuple[Repo, list[str]]:
             files = getattr(info, "siblings", None) or ()
             return replace(repo, commit=info.sha), [file.rfilename for file in files]
         except UnweaveError as error:
-            if not isinstance(error.__cause__, (OfflineModeIsEnabled, *_network())) or not cached(repo):
+            if not isinstance(error.__cause__, network_errors()) or not cached(repo):
                 raise
     if not (names := cached(repo)):
-        raise UnweaveError(f"the repository {repo} was not downloaded before{_what_is_cached(repo)}")
+        raise UnweaveError(_away(repo))
     return repo, names
 
 
@@ -204,25 +212,32 @@ def cached(repo: Repo) -> list[str]:
     return sorted(p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*") if p.is_file())
 
 
+def _away(repo: Repo, name: str = "") -> str:
+    """What to say where the cache is all there is, and it does not have a repository or a file of one."""
+    what = f"{name!r} of the repository {repo}" if name else f"the repository {repo}"
+    why = "was not downloaded before" if repo.local_files_only else f"cannot be reached {unreachable()}"
+    return f"{what} {why}{_what_is_cached(repo)}"
+
+
 def _what_is_cached(repo: Repo) -> str:
     """The end of a sentence."""
     names = cached(repo)
     if not names:
-        return f"; nothing of {repo} is in the cache."
+        return f"; nothing of {repo} is in the cache{_similarly_named(repo) or '.'}"
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return f"; in the cache are of {repo}: {', '.join(names[:_SHOWN])}{more}."
 
 
-def _network() -> tuple[type[Exception], ...]:
-    """What the client raises where the network fails, which is the base of its errors of the Hub."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return HfHubHTTPError.__bases__[:1]
+def _similarly_named(repo: Repo) -> str:
+    """Repositories with names like an unknown one's, as the end of a sentence: of published SAEs, and in the cache."""
+    published_ = {release.repo_id for release in published.directory().values()} if repo.kind == "model" else set()
+    known = published_ | set(downloaded(repo.kind))
+    return "" if repo.id in known else nearest(repo.id, sorted(known), cutoff=0.7)
 
 
 @contextmanager
-def explained(repo: Repo, name: str = "") -> Iterator[None]:
-    """What goes wrong with the Hub, as one sentence.
+def explained(repo: Repo, name: str = "", *, reads: bool = True) -> Iterator[None]:
+    """What goes wrong with the Hub, as one sentence; who reads is told what is in the cache.
 
     Raises:
         UnweaveError: In place of huggingface_hub's errors, which are its cause.
@@ -234,18 +249,20 @@ def explained(repo: Repo, name: str = "") -> Iterator[None]:
     except Exception as error:
         # An upload's error is the cause of another one.
         failed = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
-        sentence = _sentence(failed, repo, name)
+        sentence = _sentence(failed, repo, name, reads=reads)
         if sentence is None:
             raise
         raise UnweaveError(sentence) from failed
 
 
-def _sentence(error: BaseException, repo: Repo, name: str) -> str | None:
+def _sentence(error: BaseException, repo: Repo, name: str, *, reads: bool) -> str | None:
     """What went wrong; None for what has nothing to do with the Hub."""
     from huggingface_hub import constants, errors
 
     what = f"{name!r} of the repository {repo}" if name else f"the repository {repo}"
     match error:
+        case errors.LocalTokenNotFoundError():
+            return f"a name without an owner is that of whose token it is: {_access(repo)}, or name it OWNER/NAME."
         case errors.GatedRepoError():
             url = f"{constants.ENDPOINT}/{repo.id}"
             return (
@@ -253,12 +270,12 @@ def _sentence(error: BaseException, repo: Repo, name: str) -> str | None:
                 f"{_access(repo)}."
             )
         case errors.RepositoryNotFoundError():
-            return f"there is no repository {repo}, or it is private and {_access(repo)}."
+            meant = _similarly_named(repo) or "."
+            return f"there is no repository {repo}, or it is private and {_access(repo)}{meant}"
         case errors.RevisionNotFoundError():
             return f"the repository {repo.id!r} has no revision {repo.revision!r}{_revisions(repo)}."
         case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled():
-            why = "was not downloaded before" if repo.local_files_only else f"cannot be reached at {constants.ENDPOINT}"
-            return f"{what} {why}{_what_is_cached(repo)}"
+            return f"{what} cannot be reached at {constants.ENDPOINT}{_what_is_cached(repo)}"
         case errors.EntryNotFoundError():
             return _similar(repo, name)
         case errors.HfHubHTTPError() if error.response.status_code in (401, 403):
@@ -270,9 +287,10 @@ def _sentence(error: BaseException, repo: Repo, name: str) -> str | None:
             return f"{repo.id!r} is no repository on the Hub: {str(error).rstrip('.')}."
         case OSError() if "Consistency check failed" in str(error):
             return f"{what} arrived incomplete: try again."
-    if isinstance(error, (*_network(), ConnectionError)):
+    if isinstance(error, (*network_errors(), ConnectionError)):
         reason = str(error).rstrip(".") or type(error).__name__
-        return f"the connection to {constants.ENDPOINT} broke at {what} ({reason}): try again{_what_is_cached(repo)}"
+        here = _what_is_cached(repo) if reads else "."
+        return f"the connection to {constants.ENDPOINT} broke at {what} ({reason}): try again{here}"
     return None
 
 

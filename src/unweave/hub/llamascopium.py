@@ -6,7 +6,8 @@ scaled activations; their codes are read as the library's own inference form has
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 import torch
@@ -29,6 +30,24 @@ FILES = (
 LAYOUT = {"W_enc": "W_E d M", "b_enc": "b_E M", "W_dec": "W_D M o", "b_dec": "b_D? o"}
 _THRESHOLD, _AVERAGE = "activation_function.log_jumprelu_threshold", "dataset_average_activation_norm."
 
+_OTHERS = {
+    "lorsa": "low-rank sparse attention, whose latents are attention heads",
+    "molt": "a mixture of linear transforms, whose latents are matrices",
+}
+
+
+def refuse_distributed(names: Sequence[str], where: object) -> None:
+    """Refuse weights in a folder NAME.dcp, if some of the files are in one.
+
+    Raises:
+        UnweaveError: With the way out.
+    """
+    if found := next((part for name in names for part in PurePosixPath(name).parts if part.endswith(".dcp")), None):
+        raise UnweaveError(
+            f"{where} has its weights in {found!r}, a distributed checkpoint of PyTorch, whose index is a pickle: have "
+            "Llamascopium save it as sae_weights.safetensors."
+        )
+
 
 def matches(source: Source) -> bool:
     return source.file is None and source.has("config.json") and "sae_type" in source.json("config.json")
@@ -38,9 +57,11 @@ def read(source: Source) -> Draft:
     config = source.json("config.json")
     kinds = {"sae": _sae, "crosscoder": _crosscoder, "clt": _clt}
     if (kind := config["sae_type"]) not in kinds:
-        raise UnweaveError(f"{source} has the sae_type {kind!r}; read are {', '.join(kinds)}.")
+        what = f"is {_OTHERS[kind]}" if kind in _OTHERS else "is nothing that is known"
+        raise UnweaveError(f"{source} has the sae_type {kind!r}, which {what}; read are {', '.join(kinds)}.")
     name = next((name for name in FILES if source.has(name)), None)
     if name is None:
+        refuse_distributed(source.find("*.dcp/*", "*.dcp/.metadata", "checkpoints/*.dcp/*"), source)
         raise UnweaveError(f"{source} has none of the files {', '.join(FILES)}.")
     value = source.torch(name) if name.endswith(".pt") else source.tensors(name)
     tensors = source.only_tensors(value.get("sae", value), name)

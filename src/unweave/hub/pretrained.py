@@ -18,6 +18,7 @@ from unweave._errors import UnweaveError, nearest
 from unweave.hub import published as listed
 from unweave.hub.card import join
 from unweave.hub.download import HUB_NAME, Repo, check_inside, fetch, listing, missing, within
+from unweave.hub.llamascopium import refuse_distributed
 from unweave.hub.published import PublishedSAE, Release, some
 from unweave.hub.reader import detect, format_named, read_sae
 from unweave.hub.saelens import SCALE
@@ -161,7 +162,8 @@ def find(
         return _published(Repo(release.repo_id, revision or "main", **options), release, published)
     if not HUB_NAME.fullmatch(str(source)):
         hint = nearest(str(source), [*listed.directory(), *(p.name for p in Path.cwd().iterdir() if p.is_dir())])
-        raise UnweaveError(f"there is no release and no folder {str(source)!r}{hint or '.'}")
+        hint = hint or "; `unweave info --releases WORDS` searches the releases."
+        raise UnweaveError(f"there is no release and no folder {str(source)!r}{hint}")
     repo, path = Repo(str(source), revision or "main", **options), check_inside((id or "").strip("/"))
     if path and (found := listed.at(repo.id, path)):
         return _published(repo, *found)
@@ -208,6 +210,7 @@ def _in_repository(repo: Repo, path: str) -> Place:
     where = f"{path!r} of {repo}" if path else f"the repository {repo}"
     if several := weights or folders:
         raise UnweaveError(f"{where} holds several SAEs; name one: {some(several)}.")
+    refuse_distributed(below, where)
     raise UnweaveError(f"{where} holds no SAE: there are {some(below)}.")
 
 

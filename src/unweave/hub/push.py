@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 from unweave._errors import UnweaveError
+from unweave._hub import unreachable
 from unweave.hub import card
 from unweave.hub.card import Entry, join
 from unweave.hub.download import Repo, check_inside, explained, fetch, listing, missing, within
@@ -132,16 +133,18 @@ class _Push:
         from huggingface_hub.errors import HfHubHTTPError
 
         api, kind = HfApi(token=self.token), self.upload.repo_type
+        if (away := unreachable()) is not None:
+            raise UnweaveError(f"nothing was pushed: the Hugging Face Hub cannot be reached {away}.")
         if "/" not in self.repo_id:
-            with explained(Repo(f"me/{self.repo_id}", token=self.token)):
+            with explained(Repo(f"me/{self.repo_id}", token=self.token), reads=False):
                 self.repo_id = f"{api.whoami()['name']}/{self.repo_id}"
         repo = Repo(self.repo_id, self.revision, self.token, kind=kind)
-        with explained(repo):
+        with explained(repo, reads=False):
             self._make(api, repo)
         message = message or f"Upload {self._what()}"
         for attempt in range(_ATTEMPTS):
             try:
-                with explained(repo):
+                with explained(repo, reads=False):
                     self._commit(api, repo, message)
                 break
             except UnweaveError as error:  # somebody pushed between our look and our commit

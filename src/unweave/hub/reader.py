@@ -147,10 +147,6 @@ def read_sae(
         UnweaveError: If there is no such file, no known format, files are missing, damaged or contradict each other, a
             file is a pickle with code in it, a hint is missing or unknown, or the SAE computes what ours cannot.
     """
-    if format is None and not Path(path).exists():
-        from unweave.sae.reading import read_config
-
-        read_config(Path(path))  # says what is missing, and names the nearest folder
     return _draft(path, format, hints, shapes_only=False)[1].build(dtype=dtype, device=device)
 
 

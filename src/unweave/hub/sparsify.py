@@ -23,6 +23,9 @@ LAYOUT = {
     "W_skip": "W_skip? d d",
 }  # fmt: skip
 
+_MODULE = re.compile(r"(\w+\.)+\d+(\.\w+)*|(\w+\.)*\w*(embed|wte)\w*")
+"""A module of a layer, such as `layers.10.mlp`, or the embedding."""
+
 
 def matches(source: Source) -> bool:
     return source.find(FILE) == [FILE] and source.has(CONFIG)
@@ -41,7 +44,7 @@ def read(source: Source) -> Draft:
     folder = source.folder.absolute()
     hook = folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder  # several seeds of one hook
     metadata: dict[str, Any] = {"sparsify": config}
-    if re.search(r"[.\d]|embed|wte", hook.name):  # a module, such as layers.10: sparsify's folders bear their names
+    if _MODULE.fullmatch(hook.name):  # sparsify's folders bear the names of the modules
         metadata["hf_hook_name"] = hook.name
     return plain(
         weights, _activation(config, source), source, metadata=metadata, pre_bias=not transcode, predicts=transcode

@@ -54,6 +54,23 @@ def with_pre_bias(sae: SAE, weights: dict[str, Tensor], wanted: bool) -> dict[st
     return weights | {name: tensor.to(weights[name].dtype) for name, tensor in moved.items()}
 
 
+def thresholds_of(sae: SAE) -> Tensor:
+    """The threshold of every latent; of an SAE that has one for all of them, that one.
+
+    Those below 0 mean what 0 means here, where codes are never negative; elsewhere they may let negative codes through.
+
+    Raises:
+        UnweaveError: If there is none yet.
+    """
+    assert sae.threshold is not None
+    if sae.threshold.isnan().any():
+        raise UnweaveError(
+            f"this {type(sae.activation).__name__} SAE has no threshold yet, which inference compares with: calibrate "
+            "it."
+        )
+    return sae.threshold.detach().cpu().clamp(min=0).expand(sae.d_sae).contiguous()
+
+
 def metadata_for(sae: SAE, model: str) -> dict[str, Any]:
     """The model's name under the key that a format has for it, if it is known."""
     return {model: sae.metadata["model_name"]} if "model_name" in sae.metadata else {}

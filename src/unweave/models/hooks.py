@@ -106,7 +106,7 @@ def splice(module: nn.Module, edits: Mapping[Hook, Edit]) -> Iterator[None]:
     Args:
         module: Any module.
         edits: Hook to a function of the activation `(..., d)` that returns a tensor of the same shape; it is cast to
-            the activation's dtype.
+            the activation's dtype. It may be an SAE: a warning says if its metadata name another model or hook.
 
     Raises:
         UnweaveError: A hook's module does not exist; within the block, a replacement of another shape.
@@ -126,8 +126,19 @@ def splice(module: nn.Module, edits: Mapping[Hook, Edit]) -> Iterator[None]:
         first, end = hook.columns
         return torch.cat([rest[..., :first], new, rest[..., end:]], -1).reshape(activation.shape)
 
+    for hook, edit in edits.items():
+        _say_if_of_elsewhere(module, hook, edit)
     with _attached(module, edits, replace):
         yield
+
+
+def _say_if_of_elsewhere(module: nn.Module, hook: Hook, edit: Edit) -> None:
+    """Warn if an edit is an SAE (or a method of one) that was trained on another model or at another hook."""
+    metadata = getattr(getattr(edit, "__self__", edit), "metadata", None)
+    if isinstance(metadata, Mapping):
+        from unweave.models.attachment import differences  # which resolves names to hooks
+
+        differences(metadata, module, [hook], stacklevel=5)  # that of the `with`
 
 
 def _side_by_side(activation: Float[Tensor, "..."]) -> Float[Tensor, "... d"]:

@@ -14,7 +14,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from unweave._errors import UnweaveError, nearest
+from unweave._hub import asked_once, downloaded, unreachable
 from unweave.models.processors import Processor, load_processor, processor_files
 from unweave.models.timm_models import PREFIX as TIMM
 from unweave.models.timm_models import load_timm
@@ -107,7 +108,7 @@ def load_model(
     """
     if isinstance(model, nn.Module):
         module = model.eval()
-        name = getattr(getattr(model, "config", None), "_name_or_path", None) or type(model).__name__
+        name = name_of(module)
         layout = layout or vision_layout(module)
         if device is not None:
             module.to(_usable(device))
@@ -131,6 +132,12 @@ def load_model(
     if tokenizer is not None:
         _check_fit(tokenizer, module, name)
     return LoadedModel(module, tokenizer, name, processor, layout)
+
+
+def name_of(module: nn.Module) -> str:
+    """What a module was loaded by, else its class."""
+    loaded = getattr(getattr(module, "config", None), "_name_or_path", None) or type(module).__name__
+    return next((name for name, folder in _SHIPPED.items() if loaded == str(folder)), loaded)
 
 
 def load_tokenizer(tokenizer: str | Path) -> PreTrainedTokenizerBase:
@@ -174,10 +181,7 @@ def _load_module(source: str, dtype: torch.dtype) -> nn.Module:
     if not _has_any(source, "config.json"):
         if Path(source).is_dir():
             raise UnweaveError(f"the folder {source!r} is no model in Hugging Face layout: it has no config.json")
-        raise UnweaveError(
-            f"the model {source!r} is no folder here, and was not found on the Hugging Face Hub, if that can be reached"
-            f"{_neighbours(Path(source))}"
-        )
+        raise UnweaveError(f"there is no folder {source!r}, and {_not_on_the_hub(source)}")
     with _transformers(source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     kind, config = _kind(config)
@@ -223,6 +227,16 @@ def _is_causal(config: PretrainedConfig) -> bool:
     # Encoders such as BERT can be run as causal LMs too, but that is not what they were trained as.
     family = config.model_type
     return family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and family not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def _not_on_the_hub(source: str) -> str:
+    """What to say of a name that is no folder, and that neither the Hub nor its cache has a model of."""
+    away, cached = unreachable(), downloaded()
+    near = nearest(source, [*_SHIPPED, *cached, *(other.name for other in Path().iterdir() if other.is_dir())])
+    if away is None:
+        return f"the Hugging Face Hub has no model of this name that may be read without another token{near}"
+    has = f"has {', '.join(map(repr, cached))}" if cached else "is empty"
+    return f"the Hugging Face Hub cannot be reached {away}, whose cache {has}{near}"
 
 
 def _load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
@@ -275,16 +289,19 @@ def _usable(device: str | torch.device) -> torch.device:
 @contextmanager
 def _transformers(source: str) -> Iterator[None]:
     """Transformers without its bars and warnings; what it says about an unusable checkpoint becomes one sentence."""
+    from huggingface_hub.errors import RepositoryNotFoundError
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.CRITICAL)
     bars = transformers_logging.set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **{**kwargs, "disable": True}))
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), nullcontext() if Path(source).is_dir() else asked_once():
             warnings.simplefilter("ignore")
             yield
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError) as error:
+        if type(error.__cause__) is RepositoryNotFoundError:  # a gated one's is of a class below
+            raise UnweaveError(f"there is no folder {source!r}, and {_not_on_the_hub(source)}") from error
         raise UnweaveError(f"{source!r} could not be loaded: {_first_line(error)}") from error
     finally:
         transformers_logging.set_tqdm_hook(bars)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from unweave._errors import UnweaveError
+from unweave._hub import asked_once
 from unweave.models.processors import Processor
 
 PREFIX = "timm:"
@@ -29,7 +30,8 @@ def load_timm(name: str) -> tuple[nn.Module, Processor]:
     except (ImportError, RuntimeError) as error:  # torchvision's operators do not fit every build of torch
         raise UnweaveError(f"{name!r} needs timm, which could not be imported: {error}.") from error
     try:
-        module = timm.create_model(name.removeprefix(PREFIX), pretrained=True)
+        with asked_once():
+            module = timm.create_model(name.removeprefix(PREFIX), pretrained=True)
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         raise UnweaveError(f"{name!r} could not be loaded by timm: {error}.") from error
     return module, data.create_transform(**data.resolve_model_data_config(module), is_training=False)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unweave._errors import UnweaveError, nearest
+from unweave._errors import UnweaveError
 from unweave._mapped import map_tensors
 from unweave.sae import temporal_files
 from unweave.sae.activation import ACTIVATIONS, Activation
@@ -35,9 +35,7 @@ def read_config(folder: Path) -> Config:
     """
     path = folder / CONFIG
     if not path.is_file():
-        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        hint = nearest(folder.name, siblings) if not folder.is_dir() else "."
-        raise UnweaveError(f"there is no SAE in {str(folder)!r}: {CONFIG} is missing{hint or '.'}")
+        raise UnweaveError(f"there is no SAE in {str(folder)!r}: {CONFIG} is missing.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
