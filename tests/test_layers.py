@@ -15,11 +15,12 @@ SOURCE = Path(unweave.__file__).parent
 MAX_LINES = 320
 
 # What each layer may import beside itself. Lower layers come first, and nothing but `python -m unweave` imports `cli`.
-BASE = {"_errors", "_files"}
+BASE = {"_errors", "_files", "_hub"}
 BELOW = {
     "_errors": set(),
     "_late": set(),
     "_files": {"_errors"},
+    "_hub": set(),
     "_mapped": {"_errors"},
     "kernels": {"_errors"},
     "sae": BASE | {"_late", "_mapped", "kernels"},

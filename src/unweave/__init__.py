@@ -28,7 +28,7 @@ _HOMES = {
         "MultiTopK", "Schedule", "KSchedule", "EndToEnd",
     ),
     "unweave.training": (
-        "SAEConfig", "TrainConfig", "L0Controller", "Resampling", "train", "train_on", "train_end_to_end", "finetune",
+        "SAEConfig", "TrainConfig", "L0Controller", "Resampling", "train", "train_on", "Start", "finetune",
         "recipes", "Plan", "plan",
     ),
     "unweave.activations": ("DataConfig", "ImageConfig", "ImageRows", "MaskConfig"),
@@ -52,11 +52,12 @@ __all__ = [
     "Matryoshka", "MultiTopK", "Normalization", "OrderedBatches", "OrthogonalMatchingPursuit", "PAnneal", "Penalty",
     "Plan", "PreActivation", "QuadraticL0", "RandomMatryoshka", "RawTopK", "ReLU", "Reanimation", "Report",
     "Resampling",
-    "SAEConfig", "Schedule", "Selection", "SparseCodes", "Store", "StoreBatches", "Tanh", "TanhReLU", "TargetL0",
+    "SAEConfig", "Schedule", "Selection", "SparseCodes", "Start", "Store", "StoreBatches", "Tanh", "TanhReLU",
+    "TargetL0",
     "Temporal", "TemporalSAE", "TiedDictionary", "TopK", "TrainConfig", "Transcoder", "UnweaveError", "VisionLayout",
     "cache", "capture", "dashboard", "evaluate", "finetune", "fold_normalization", "image_dashboard", "load_model",
     "open_cache", "plan", "recipes", "register_activation", "register_penalty", "releases", "resolve_hooks",
-    "sae_info", "shuffle_quality", "splice", "tokenize", "train", "train_end_to_end", "train_on",
+    "sae_info", "shuffle_quality", "splice", "tokenize", "train", "train_on",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ if TYPE_CHECKING:
         fold_normalization,
         register_activation,
     )
-    from unweave.training import L0Controller, Plan, Resampling, SAEConfig, TrainConfig, recipes, train_end_to_end
+    from unweave.training import L0Controller, Plan, Resampling, SAEConfig, Start, TrainConfig, recipes
     from unweave.training.finetune import finetune
     from unweave.training.plan import plan
     from unweave.training.train import train

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +75,37 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: str | Path) -> None:
+    """Delete a folder, if it is there. Killed at any moment, it leaves the whole of it or nothing under its name."""
+    path = Path(path)
+    retired = path.with_name(f".{path.name}.{os.getpid()}.old")
+    if path.exists():
+        shutil.rmtree(retired, ignore_errors=True)
+        os.replace(path, retired)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, ours: Callable[[str], bool] = lambda name: True) -> None:
+    """Delete what killed processes left under temporary names of the files and folders in `folder` that are `ours`."""
+    for path in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
+        name, _, process = path.stem[1:].rpartition(".")
+        if ours(name) and process.isdigit() and not _lives(int(process)):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    """Whether a process of this number is running here, and is not this one."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -479,3 +479,20 @@ def test_what_was_left_out_is_remembered_when_resuming(tmp_path: Path, monkeypat
             got += list(rest)
         assert got == whole
         assert sorted(rest.skipped) == sorted(reader.skipped)
+
+
+@pytest.mark.parametrize("written", ["wikki/", "./wikki/", "wikki//"])
+def test_what_ends_with_a_slash_is_a_folder_and_nothing_is_asked_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    from unweave.activations import hf_datasets
+    from unweave.activations.images import ImageConfig
+    from unweave.activations.images.listing import open_images
+
+    (tmp_path / "wiki").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hf_datasets, "_library", None)
+    with pytest.raises(UnweaveError, match=r"there is no file or folder .*wikki/+; did you mean 'wiki'\?"):
+        open_documents(written, DataConfig())
+    with pytest.raises(UnweaveError, match=r"there is no image or folder .*wikki/+; did you mean 'wiki'\?"):
+        open_images(written, ImageConfig())

@@ -97,6 +97,9 @@ def test_what_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'nobody/nothing'\ncannot be accessed")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(UnweaveError, match=r"'nobody/nothing' is no local .* cannot be reached .*OFFLINE is set"):
+        open_documents("nobody/nothing", EVERYTHING)
+    monkeypatch.setattr(hf_datasets, "unreachable", lambda: None)
     with pytest.raises(UnweaveError, match=r"no local file or folder, .* Dataset 'nobody/nothing' cannot be accessed"):
         open_documents("nobody/nothing", EVERYTHING)
 

@@ -132,10 +132,15 @@ def test_hooks_and_passes_are_checked(model: LoadedModel, hooks: list[Hook]) -> 
 
 def test_masks_that_leave_nothing(model: LoadedModel, hooks: list[Hook]) -> None:
     rows = TokenRows(TEXTS, model.tokenizer, DataConfig(context=8, held_out=0), held_out=False, repeat=True)
-    with pytest.raises(UnweaveError, match="the masks left no token in 64 passes"):
+    with pytest.raises(UnweaveError, match=r"in 64 passes: of [\d,]+ tokens, [\d,]+ are special tokens or in"):
         next(stream := ActivationStream(model, hooks, rows, MaskConfig(token_ids=tuple(range(256)))))
-    with pytest.raises(UnweaveError, match="the masks leave none of the 4096 tokens of a pass"):
+    with pytest.raises(UnweaveError, match="the masks left no token of a pass: of 4,096 tokens, 4,096 are special"):
         stream.measure()
+    config = DataConfig(context=8, held_out=0, pack=False)
+    short = TokenRows(["ab", "cde", "fg"], model.tokenizer, config, held_out=False, repeat=True)
+    late = ActivationStream(model, hooks, short, MaskConfig(positions="7:", special_tokens=False))
+    with pytest.raises(UnweaveError, match=r"lie outside positions='7:' \(unpacked documents that end before them"):
+        late.measure()
 
 
 class Heads(nn.Module):

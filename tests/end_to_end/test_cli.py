@@ -168,7 +168,6 @@ def test_dry_run_spends_nothing(tmp_path, text):
         (["--pre-act", "1"], "TopK ranks"),
         (["--config", "bad.toml"], "did you mean 'hooks'"),
         (["--config", "missing.toml"], "missing.toml"),
-        (["--resume"], "config"),
         (["--context", "100000"], "100000"),
         (["--device", "cuda:99"], "cuda:99"),
     ],
@@ -191,24 +190,70 @@ def test_wrong_input_is_one_sentence(tmp_path, text, arguments, message, capsys,
     assert sorted(os.listdir(tmp_path)) == before
 
 
-@pytest.mark.parametrize("arguments", [["train", "--tokns", "5"], ["trian"], ["train", "--tokens", "many"]])
-def test_misspelt_flags(arguments, capsys):
+def test_eval_names_the_nearest_folder_or_release(run_folder, tmp_path, capsys, monkeypatch):
     from unweave.cli import main
 
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments)
-    assert exit_.value.code == 2
-    assert capsys.readouterr().err
+    folder, _ = run_folder
+    monkeypatch.chdir(folder.parent)
+    for given, said in {
+        "nosuch": "there is no folder 'nosuch', and no release of this name.",
+        "gpt2-smal-res-jb": "no release of this name; did you mean 'gpt2-small-res-jb'",
+        "gpt2-small-res-jb": "'gpt2-small-res-jb' is a release on the Hub, and a folder is needed: ",
+        "run/sea": "there is no folder 'run/sea', and no release of this name; did you mean 'run/sae'",
+        "run": "the folder 'run' has no SAE in it; there is one in 'run/sae'.",
+        str(tmp_path): "has no SAE in it (cfg.json is missing), and none below it.",
+    }.items():
+        for command in ("eval", "dashboard"):
+            assert main([command, given]) == 2
+            errors = capsys.readouterr().err.splitlines()
+            assert len(errors) == 1
+            assert said in errors[0]
 
 
-def test_help_names_every_command(capsys):
+def test_convert_names_the_nearest_folder_or_release(run_folder, capsys, monkeypatch):
     from unweave.cli import main
 
-    with pytest.raises(SystemExit) as exit_:
-        main(["--help"])
-    assert exit_.value.code == 0
+    monkeypatch.chdir(run_folder[0].parent)
+    for given, said in {
+        "nosuch": "there is no folder 'nosuch', and no release of this name.",
+        "run/sea": "there is no folder 'run/sea', and no release of this name; did you mean 'run/sae'",
+        "gpt2-small-res-jb": "'gpt2-small-res-jb' is a release on the Hub, and a folder is needed: ",
+    }.items():
+        assert main(["convert", given, "out", "--to", "sparsify"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+
+
+def test_eval_takes_every_format_but_no_file(run_folder, tmp_path, capsys):
+    from unweave.cli import main
+
+    sae = str(run_folder[0] / "sae")
+    assert main(["convert", sae, str(tmp_path / "an ae"), "--to", "dictionary_learning"]) == 0
+    options = ["--model", "demo", "--data", "stdlib", "--hook", "resid_post.1", "--tokens", "200"]
+    assert main(["eval", str(tmp_path / "an ae"), *options]) == 0
+    assert (tmp_path / "an ae" / "eval.json").is_file()
+    capsys.readouterr()
+    assert main(["eval", f"{sae}/cfg.json"]) == 2
+    assert "cfg.json' is a file, and the folder of an SAE is needed." in capsys.readouterr().err
+
+
+def test_info_of_a_trained_sae(run_folder, capsys):
+    """A short table with what was measured, and no JSON in it; all of it with --json."""
+    from unweave.cli import main
+
+    sae = str(run_folder[0] / "sae")
+    assert main(["info", sae]) == 0
     shown = capsys.readouterr().out
-    assert all(word in shown for word in ("demo", "train", "eval", "dashboard"))
+    assert len(shown.splitlines()) < 15
+    assert not set('{"') & set(shown)
+    for expected in (r"^what +SAE topk\(k=8\)", r"^model +demo", r" W_enc 224×256  W_dec 256×224  b_dec 224  float32",
+                     r"^trained on +6,000 tokens", r"^measured on .* held.out tokens .*variance \d"):  # fmt: skip
+        assert re.search(expected, shown, re.MULTILINE | re.IGNORECASE), (expected, shown)
+    assert main(["info", sae, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["d_sae"], said["shapes"]["W_dec"], said["activation"]["k"]) == (256, [256, 224], 8)
+    assert said["metadata"]["training"]["lr"] is None
+    assert said["results"][0]["metrics"]
 
 
 @pytest.mark.slow

@@ -95,22 +95,6 @@ def test_killed_it_goes_on_and_ends_in_the_same_bytes(tmp_path: Path, text: Path
     assert contents(tmp_path / "t") == whole
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [(), ("--processes", "2")])
-def test_killed_at_twenty_moments(
-    tmp_path: Path, text: Path, whole: dict[str, bytes], options: tuple[str, ...]
-) -> None:
-    n = 0
-    for seed in range(20):
-        folder = tmp_path / str(seed)
-        folder.mkdir()
-        n += killed_again_and_again(text, folder, seed, 4, *options)
-        assert contents(folder / "t") == whole
-        if n >= 20:
-            return
-    pytest.fail(f"killed only {n} times")
-
-
 def test_what_it_says_and_writes(run: tuple[Path, str, str]) -> None:
     where, out, errors = run
     folder = open_token_folder(where / "t", verify=True)

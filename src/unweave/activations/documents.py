@@ -13,9 +13,17 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor
 
-from unweave._errors import UnweaveError, nearest
+from unweave._errors import UnweaveError
 from unweave.activations.config import DataConfig
-from unweave.activations.hf_datasets import dataset_parts, is_hf_dataset, is_saved_dataset, load_by_name, load_saved
+from unweave.activations.hf_datasets import (
+    dataset_parts,
+    is_hf_dataset,
+    is_saved_dataset,
+    is_written_as_path,
+    load_by_name,
+    load_saved,
+    near_path,
+)
 from unweave.activations.records import Document, Unreadable
 from unweave.activations.sources import (
     PART_ROWS,
@@ -198,7 +206,5 @@ def _files(path: Path, config: DataConfig) -> Documents:
 def _refuse_missing_path(data: str | Path, path: Path) -> None:
     """A name on the hub is `name` or `owner/name`, without a suffix of ours; anything else was meant as a path."""
     written = str(data)
-    is_path = isinstance(data, Path) or path.suffix.lower() in _SUFFIXES or written.startswith((".", "/", "~", "\\"))
-    if is_path or written.count("/") > 1:
-        near = nearest(path.name, (file.name for file in path.parent.iterdir())) if path.parent.is_dir() else ""
-        raise UnweaveError(f"there is no file or folder {written}{near or '.'}")
+    if path.suffix.lower() in _SUFFIXES or is_written_as_path(data):
+        raise UnweaveError(f"there is no file or folder {written}{near_path(path)}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from unweave._errors import UnweaveError, nearest
+from unweave._hub import asked_once, unreachable
 from unweave.activations.config import DataConfig
 from unweave.activations.records import Document, Unreadable, choose_column, document_or_reason
 from unweave.activations.sources import PART_ROWS, Part
@@ -32,6 +33,24 @@ def load_saved(folder: Path) -> Any:
     return _library(f"reading the saved dataset {folder}").load_from_disk(str(folder))
 
 
+def is_written_as_path(data: str | Path) -> bool:
+    """Whether something that is not there can only have been meant as a path: on the hub, names are `name` or
+    `owner/name`."""
+    written = str(data)
+    return (
+        isinstance(data, Path)
+        or written.startswith((".", "/", "~", "\\"))
+        or written.endswith(("/", "\\"))
+        or written.count("/") > 1
+    )
+
+
+def near_path(path: Path) -> str:
+    """The end of a sentence about a path that is not there: the nearest ones that are."""
+    beside = path.parent
+    return (nearest(path.name, (file.name for file in beside.iterdir())) if beside.is_dir() else "") or "."
+
+
 class Choice(Protocol):
     """Which part of a dataset to read."""
 
@@ -51,10 +70,16 @@ def load_by_name(name: str, config: Choice) -> Any:
     """
     datasets = _library(f"{name!r} is no local file or folder, and reading it from the Hugging Face hub")
     try:
-        return datasets.load_dataset(name, config.subset, split=config.split, streaming=config.streaming)
+        with asked_once():
+            return datasets.load_dataset(name, config.subset, split=config.split, streaming=config.streaming)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())
         beside = nearest(name, ["stdlib", "digits", *(path.name for path in Path().iterdir())])
+        if (away := unreachable()) is not None and isinstance(error, ConnectionError | FileNotFoundError):
+            raise UnweaveError(
+                f"{name!r} is no local file or folder, it was not downloaded before, and the Hugging Face Hub cannot "
+                f"be reached {away}{beside}"
+            ) from error
+        reason = " ".join(str(error).split())
         raise UnweaveError(
             f"{name!r} is no local file or folder, and the Hugging Face hub does not give it either: {reason}{beside}"
         ) from error

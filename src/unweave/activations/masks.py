@@ -73,6 +73,22 @@ class MaskReport:
     median_norm: dict[str, float] = field(default_factory=dict)
     """Median activation norm of the first pass at each hook, over the tokens kept by id and position."""
 
+    def why_nothing(self, config: MaskConfig) -> str:
+        """What left nothing of the tokens seen, as a part of a sentence, with the settings to change."""
+        if not self.seen:
+            return "there was no token"
+        steps = [
+            (self.by_id, "are special tokens or in token_ids"),
+            (self.by_kind, f"are of other kinds than token_kinds={config.token_kinds}"),
+            (self.by_position, f"lie outside positions={config.positions!r}"),
+            (self.by_norm, f"are longer than norm_multiple={config.norm_multiple} allows"),
+        ]
+        left_out = [f"{n:,} {why}" for n, why in steps if n]
+        short = ""
+        if self.by_position:
+            short = " (unpacked documents that end before them have none there: pack them, or keep earlier positions)"
+        return f"of {self.seen:,} tokens, {' and '.join(left_out)}{short}"
+
 
 class Masks:
     """Applies a `MaskConfig` to rows of `context` tokens, and counts.

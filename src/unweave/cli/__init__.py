@@ -8,10 +8,32 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from unweave._errors import UnweaveError
+from unweave._errors import UnweaveError, nearest
+
+COMMANDS = {
+    "demo": ("DemoArgs", "Train and evaluate an SAE of a model that ships with unweave."),
+    "plan": ("PlanArgs", "Tokens, steps, memory, disk and time of a run of train."),
+    "train": ("TrainArgs", "Train SAEs on the activations of a model."),
+    "finetune": ("FinetuneArgs", "Train any SAE further: its decoder, or all of it end to end."),
+    "eval": ("EvalArgs", "Evaluate a saved SAE on held-out text."),
+    "dashboard": ("DashboardArgs", "Write an HTML page of a saved SAE's features."),
+    "info": ("InfoArgs", "List published SAEs, or say what a saved or published one is."),
+    "push": ("PushArgs", "Share SAEs, worlds or activations on the Hugging Face Hub."),
+    "tokenize": ("TokenizeArgs", "Tokenise text into a folder that train and cache read."),
+    "cache": ("CacheArgs", "Store a model's activations in a folder that train reads."),
+    "synth": ("SynthArgs", "Train SAEs on a world of known features, and score them."),
+    "convert": ("ConvertArgs", "Write an SAE in another library's format."),
+}
+"""Of each command: the class of its arguments, in the file of its name, and what it does, in one line."""
+FILES = {"eval": "evaluate"}
+"""Files whose name is not the command's."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,42 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # On a busy machine OpenMP's threads would burn their time spinning while they wait for each other. Read when
     # torch is imported, which is after this.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    import tyro
+    command, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or [""]
+    if command in ("", "-h", "--help", "help"):
+        print(help_text(), file=sys.stdout if command else sys.stderr)
+        return 0 if command else 2
+    if command == "--version":
+        from unweave import __version__
 
-    from unweave.cli.cache import CacheArgs
-    from unweave.cli.convert import ConvertArgs
-    from unweave.cli.dashboard import DashboardArgs
-    from unweave.cli.demo import DemoArgs
-    from unweave.cli.evaluate import EvalArgs
-    from unweave.cli.info import InfoArgs
-    from unweave.cli.plan import PlanArgs
-    from unweave.cli.push import PushArgs
-    from unweave.cli.synth import SynthArgs
-    from unweave.cli.tokenize import TokenizeArgs
-    from unweave.cli.train import TrainArgs
-
-    commands: dict[str, Callable[..., Any]] = {
-        "demo": DemoArgs,
-        "plan": PlanArgs,
-        "train": TrainArgs,
-        "eval": EvalArgs,
-        "dashboard": DashboardArgs,
-        "info": InfoArgs,
-        "push": PushArgs,
-        "tokenize": TokenizeArgs,
-        "cache": CacheArgs,
-        "synth": SynthArgs,
-        "convert": ConvertArgs,
-    }
-    args = tyro.extras.subcommand_cli_from_dict(
-        commands,
-        prog="unweave",
-        description="Take a neural network's activations apart into the features they are made of.",
-        args=list(arguments) if arguments is not None else None,
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes),
-    )
+        print(f"unweave {__version__}")
+        return 0
     try:
-        args.run()
+        with _plain_warnings():
+            _parsed(command, rest).run()
     except UnweaveError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt as interrupt:
@@ -65,6 +63,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f" at {error.filename!r}" if error.filename else ""
         return _fail(f"{error.strerror}{where}; files that were being written have been removed.", 2)
     return 0
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Within the block, the library's own warnings are a sentence, without the place in the source they come from."""
+    usual, own = warnings.formatwarning, str(Path(__file__).parents[1])
+
+    def plain(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if filename.startswith(own):
+            return f"unweave: {message}\n"
+        return usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
+def help_text() -> str:
+    """One line for each command."""
+    lines = [f"  {name:<10} {does}" for name, (_, does) in COMMANDS.items()]
+    return "\n".join((
+        "usage: unweave COMMAND [OPTIONS]",
+        "",
+        "Take a neural network's activations apart into the features they are made of.",
+        "",
+        *lines,
+        "",
+        "example:  unweave train --model gpt2 --data my.txt --hooks resid_post.6",
+        "",
+        "`unweave COMMAND --help` shows the options of a command.",
+    ))  # fmt: skip
+
+
+def _parsed(command: str, rest: Sequence[str]) -> Any:
+    """The arguments of a command, which know how to run it. Only its own file is imported."""
+    from unweave.cli.parsing import parse_arguments
+
+    if command not in COMMANDS:
+        if command.startswith("-"):
+            raise UnweaveError(f"the first word is a command, not {command!r}; see `unweave --help`.")
+        hint = nearest(command, COMMANDS, n=1) or "; see `unweave --help`."
+        raise UnweaveError(f"there is no command {command!r}{hint}")
+    module = import_module(f"unweave.cli.{FILES.get(command, command)}")
+    return parse_arguments(command, getattr(module, COMMANDS[command][0]), rest)
 
 
 def _fail(message: str, status: int) -> int:

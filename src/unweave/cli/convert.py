@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from unweave._errors import UnweaveError
+from unweave.cli.evaluate import there
 from unweave.cli.hints import parse
 from unweave.cli.output import shown
 
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 class ConvertArgs:
     """Write an SAE in another library's format, and compare both on probe inputs."""
 
-    source: tyro.conf.Positional[Path]
+    source: Annotated[tyro.conf.Positional[Path], shown("SOURCE")]
     """Folder or file to read, of any known format."""
-    destination: tyro.conf.Positional[Path]
+    destination: Annotated[tyro.conf.Positional[Path], shown("DESTINATION")]
     """Folder to write; it must not exist yet, or be empty."""
-    to: str
+    to: Annotated[str, shown("FORMAT")]
     """Format to write: saelens, sparsify, dictionary_learning, circuit_tracer or saev."""
     from_format: Annotated[str | None, shown("NAME", "the files tell")] = None
     """Format to read."""
@@ -51,8 +52,10 @@ class ConvertArgs:
         for name, value in named.items():
             if value is not None and hints.setdefault(name, value) != value:
                 raise UnweaveError(f"{name} is {value} and, as a hint, {hints[name]}.")
-        result = convert(self.source, self.destination, to=self.to, from_format=self.from_format, **hints)
+        result = convert(there(self.source), self.destination, to=self.to, from_format=self.from_format, **hints)
         Console().print(table(result))
+        for note in result.notes:
+            print(f"note: {note}")
         print(f"saved {self.destination}")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from unweave.cli.evaluate import source_of
+from unweave.cli.evaluate import saved, source_of
 from unweave.cli.output import shown, status
 
 
@@ -16,7 +16,7 @@ from unweave.cli.output import shown, status
 class DashboardArgs:
     """Write one self-contained HTML page that shows a saved SAE's most interesting features."""
 
-    sae: tyro.conf.Positional[Path]
+    sae: Annotated[tyro.conf.Positional[Path], shown("FOLDER")]
     """Folder of the SAE."""
     out: Annotated[Path | None, shown("FILE", "features.html in the SAE's folder")] = None
     """File to write."""
@@ -39,7 +39,7 @@ class DashboardArgs:
         from unweave.dashboard import dashboard, image_dashboard
         from unweave.sae import SAE
 
-        sae = SAE.load(self.sae)
+        sae = SAE.load(saved(self.sae))
         write = image_dashboard if "images" in sae.metadata else dashboard
         with status("looking for features") as tick:
             path = write(

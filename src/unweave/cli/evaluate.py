@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class EvalArgs:
     """Evaluate a saved SAE on held-out text: a table here, and eval.json in SAEBench's shape."""
 
-    sae: tyro.conf.Positional[Path]
+    sae: Annotated[tyro.conf.Positional[Path], shown("FOLDER")]
     """Folder of the SAE."""
     model: Annotated[str | None, shown("NAME", "the model that the SAE was trained on")] = None
     """Model to run."""
@@ -47,7 +47,7 @@ class EvalArgs:
         from unweave.evaluation import evaluate
         from unweave.sae import SAE, by_target
 
-        for place, sae in by_target(SAE.load(self.sae)).items():
+        for place, sae in by_target(SAE.load(saved(self.sae))).items():
             with status(f"evaluating {self.sae} {place}".rstrip()) as tick:
                 report = evaluate(
                     sae, **source_of(sae, self), hook=self.hook, target=self.target, tokens=self.tokens,
@@ -58,6 +58,50 @@ class EvalArgs:
             path = path.with_stem(f"{path.stem}_{place.replace(':', '_')}") if place else path
             report.save(path)
             print(f"saved {path}")
+
+
+def saved(path: Path) -> Path:
+    """The folder of a saved SAE, of any format that is read, as it was given.
+
+    Raises:
+        UnweaveError: There is no such folder, or no SAE in it; naming the nearest folder or release, or the SAEs below.
+    """
+    from unweave._errors import UnweaveError
+    from unweave.hub.published import some
+    from unweave.hub.reader import formats
+    from unweave.hub.source import Source
+    from unweave.sae.files import CONFIG
+
+    source = Source(there(path))
+    if source.file is not None:
+        raise UnweaveError(f"{str(path)!r} is a file, and the folder of an SAE is needed.")
+    if any(known.matches(source) for known in formats().values()):
+        return path
+    found = {file.parent for deep in ("*", "*/*", "*/*/*") for file in path.glob(f"{deep}/{CONFIG}")}
+    below = [str(folder) for folder in found if not {"training", "checkpoints"} & set(folder.parts)]
+    has = f"; there is one in {some(sorted(below))}." if below else f" ({CONFIG} is missing), and none below it."
+    raise UnweaveError(f"the folder {str(path)!r} has no SAE in it{has}")
+
+
+def there(path: Path) -> Path:
+    """A path on this machine, as it was given.
+
+    Raises:
+        UnweaveError: There is nothing at it; naming the nearest folder or release.
+    """
+    from unweave._errors import UnweaveError, nearest
+    from unweave.hub.published import directory
+
+    if path.exists():
+        return path
+    if str(path) in directory():
+        raise UnweaveError(
+            f"{str(path)!r} is a release on the Hub, and a folder is needed: save one of its SAEs by "
+            f"SAE.from_pretrained({str(path)!r}, ID).save(FOLDER); `unweave info {path}` lists them."
+        )
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    near = nearest(str(path), [*(str(other) for other in beside if other.is_dir()), *directory()])
+    raise UnweaveError(f"there is no folder {str(path)!r}, and no release of this name{near or '.'}")
 
 
 def source_of(sae: SAE, args: Any) -> dict[str, Any]:

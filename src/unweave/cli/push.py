@@ -18,10 +18,10 @@ class PushArgs:
     In one commit, beside what the repository holds. A push that was interrupted goes on when it is given again.
     """
 
-    folder: tyro.conf.Positional[Path]
+    folder: Annotated[tyro.conf.Positional[Path], shown("FOLDER")]
     """What to share."""
-    repo: tyro.conf.Positional[str]
-    """Repository, OWNER/NAME; it is made if it is not there."""
+    repo: Annotated[tyro.conf.Positional[str], shown("OWNER/NAME")]
+    """Repository; it is made if it is not there."""
     subfolder: Annotated[str | None, shown("FOLDER", "the hook of a single SAE, else the top")] = None
     """Where it goes in the repository."""
     private: bool = False

@@ -18,6 +18,8 @@ import torch
 
 from unweave import UnweaveError, open_cache
 from unweave.activations.cache import Cache
+from unweave.activations.cache.folder import hashed
+from unweave.activations.cache.format import hash_of
 
 Make = Callable[..., Any]
 
@@ -48,6 +50,26 @@ def test_a_flipped_byte_is_found_by_its_checksum(make_cache: Make, tmp_path: Pat
     open_cache(tmp_path / "cache")
     with pytest.raises(UnweaveError, match=r"train_00001/h\.1\.npy changed"):
         open_cache(tmp_path / "cache", verify=True)
+    tokens = tmp_path / "cache" / "tokens" / "train_00000.npy"
+    tokens.write_bytes(tokens.read_bytes()[:-1] + b"x")
+    with pytest.raises(UnweaveError, match=r"train_00001/h\.1\.npy, tokens/train_00000\.npy changed"):
+        open_cache(tmp_path / "cache", verify=True)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_manifest_of_an_earlier_state_is_refused_in_one_sentence(
+    make_cache: Make, tmp_path: Path, finished: bool
+) -> None:
+    """Its hash is right: it only says less of how the cache was made."""
+    make_cache()
+    path = tmp_path / "cache" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["made_from"]["model_precision"]
+    manifest |= {"hash": hash_of(hashed(manifest["made_from"])), "complete": finished}
+    path.write_text(json.dumps(manifest))
+    for act in (lambda: open_cache(tmp_path / "cache"), lambda: make_cache(resume=True)):
+        with pytest.raises(UnweaveError, match="earlier state of unweave: its manifest does not say model_precision;"):
+            act()
 
 
 @pytest.mark.parametrize(

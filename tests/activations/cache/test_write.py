@@ -190,15 +190,15 @@ def test_a_cache_goes_on_with_nothing_else(
     foreign = make_tokenizer(bos_token="<s>")
     foreign.add_tokens(["new"])
     for settings, message in (
-        ({"model": LoadedModel(other, model.tokenizer, "speller")}, "has model 'speller' and cannot go on with"),
-        ({"model": LoadedModel(model.module, foreign, "speller")}, "has tokenizer"),
-        ({"dtype": "bfloat16"}, "has dtype 'float32' and cannot go on with 'bfloat16'"),
-        ({"hooks": ["h.0"]}, "has hooks"),
-        ({"tokens": 400}, "has tokens"),
-        ({"positions": "1:"}, "has positions None"),
-        ({"config": DataConfig(context=16)}, "has config"),
-        ({"data": letters[1:]}, "has data"),
-        ({"prompts_per_pass": 4}, "has prompts_per_pass 3"),
+        ({"model": LoadedModel(other, model.tokenizer, "speller")}, "with another model of the name 'speller': "),
+        ({"model": LoadedModel(model.module, foreign, "speller")}, "another tokenizer: choose another folder"),
+        ({"dtype": "bfloat16"}, "other settings: dtype was 'float32' and is now 'bfloat16'"),
+        ({"hooks": ["h.0"]}, "other settings: hooks was"),
+        ({"tokens": 400}, "train was 300 and is now 400"),
+        ({"positions": "1:"}, "positions was None and is now '1:'"),
+        ({"config": DataConfig(context=16)}, "context was 8 and is now 16"),
+        ({"data": letters[1:]}, "was made with another data"),
+        ({"prompts_per_pass": 4}, "prompts_per_pass was 3 and is now 4"),
     ):
         with pytest.raises(UnweaveError, match=message):
             make_cache("begun", resume=True, **settings)
@@ -375,7 +375,7 @@ def test_the_model_runs_in_the_precision_asked_for_in_one_copy(
     assert not torch.equal(x, y)
     torch.testing.assert_close(x, y, atol=0.05, rtol=0.05)
     assert low.manifest["made_from"]["model_precision"] == "bfloat16"
-    with pytest.raises(UnweaveError, match="model_precision 'bfloat16' and cannot go on with 'float32'"):
+    with pytest.raises(UnweaveError, match="model_precision was 'bfloat16' and is now 'float32'"):
         make_cache("low", model_precision="fp32", resume=True, **settings)
     with pytest.raises(UnweaveError, match="model_precision 'bf61'; did you mean 'bf16'"):
         make_cache("other", model_precision="bf61", **settings)

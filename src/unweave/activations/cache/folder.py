@@ -17,6 +17,7 @@ from unweave.activations.cache.format import (
     FORMAT,
     HEADER_BYTES,
     IMAGES,
+    MADE_FROM,
     MANIFEST,
     NAMED,
     SHARD,
@@ -125,6 +126,8 @@ class Cache:
         """
         wrong = [str(p.relative_to(self.path)) for p, about in _files(self.path, self.manifest)
                  if checksum(p) != about["blake2b"]]  # fmt: skip
+        if self.tokens is not None:
+            wrong += [f"{TOKENS}/{name}" for name in open_token_folder(self.tokens).changed()]
         if wrong:
             raise UnweaveError(f"in the cache {self.path}, {', '.join(wrong)} changed after being written.")
 
@@ -171,7 +174,7 @@ def open_cache(folder: str | Path, *, verify: bool = False) -> Cache:
     if bad := list(_problems(path, manifest)):
         raise UnweaveError(f"the cache {path} is damaged: {'; '.join(bad)}.")
     if manifest["made_from"]["rows"] == "text":
-        open_token_folder(path / TOKENS, verify=verify)  # what is evaluated on must be there before it is trained for
+        open_token_folder(path / TOKENS)  # what is evaluated on must be there before it is trained for
     held_out = CacheSide(path, manifest, "held_out") if manifest["sides"]["held_out"]["rows"] else None
     opened = Cache(path, manifest, CacheSide(path, manifest, "train"), held_out)
     if verify:
@@ -189,10 +192,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_bytes())
         version, made_from = manifest["version"], manifest["made_from"]
         if version == VERSION:
+            if lacking := [key for key in MADE_FROM if key not in made_from]:
+                raise UnweaveError(
+                    f"the cache {path} was made by an earlier state of unweave: its manifest does not say "
+                    f"{', '.join(lacking)}; make it anew."
+                )
             if manifest["hash"] != hash_of(hashed(made_from)):
                 raise ValueError("its hash is not that of what it says it was made from")
             if manifest["complete"]:
                 _check_manifest(manifest)
+    except UnweaveError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnweaveError(f"{path / MANIFEST} is no manifest of a cache: {error!r}.") from error
     if version != VERSION:
@@ -234,6 +244,8 @@ def hashed(made_from: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _files(path: Path, manifest: Mapping[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    if "images" in manifest:
+        yield path / IMAGES, manifest["images"]
     for side in SIDES:
         for shard in manifest["sides"][side]["shards"]:
             for name, about in shard["files"].items():
@@ -247,6 +259,10 @@ def _problems(path: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
     holds = files_of(hooks, manifest["dtype"], manifest["records"])
     if manifest["made_from"]["rows"] == "text" and not (path / TOKENS / MANIFEST).is_file():
         yield f"{TOKENS}/{MANIFEST} is missing"
+    if "images" in manifest:
+        there = (path / IMAGES).stat().st_size if (path / IMAGES).is_file() else None
+        if there != manifest["images"]["bytes"]:
+            yield f"{IMAGES} " + ("is missing" if there is None else f"has {there:,} bytes")
     for side in SIDES:
         for shard in manifest["sides"][side]["shards"]:
             if not (path / shard["folder"] / SHARD).is_file():

@@ -33,6 +33,11 @@ MANIFEST, SHARD, TOKENS, IMAGES = "manifest.json", "shard.json", "tokens", "imag
 HEADER_BYTES = 128
 NAMED = ("model", "tokenizer", "data")
 """What a cache is made from that has a name besides a fingerprint."""
+MADE_FROM = (
+    "model", "hooks", "dtype", "model_precision", "positions", "tokens", "prompts_per_pass", "shard_bytes", "rows",
+    "tokenizer", "data", "config",
+)  # fmt: skip
+"""What every manifest says that a cache was made from."""
 
 # Names of the types of a cache, how numpy writes them, and as what PyTorch reads them.
 DTYPES = {"float32": ("<f4", torch.float32), "bfloat16": ("<u2", torch.bfloat16), "float16": ("<f2", torch.float16),

@@ -57,23 +57,29 @@ class Job:
             if not self.wanted[side] or not len(rows.peek(1)):
                 continue
             passes, number = self._passes_per_shard(rows), 0
-            while totals[side] < self.wanted[side] and len(rows.peek(1)):
+            while totals[side] < self.wanted[side]:
+                done = read_shard(self.out / shard_folder(side, number))
+                if done is None and not len(rows.peek(1)):
+                    break
                 chunk = FewRows(rows, passes * self.made_from["prompts_per_pass"])
-                totals[side] += self._shard(side, number, chunk, self.wanted[side] - totals[side])
+                totals[side] += self._shard(side, number, chunk, self.wanted[side] - totals[side], done)
                 number += 1
         return totals
 
-    def _shard(self, side: Side, number: int, rows: FewRows, limit: int) -> int:
+    def _shard(self, side: Side, number: int, rows: FewRows, limit: int, done: dict[str, Any] | None) -> int:
         """Write a shard, or pass over it, and return its number of tokens."""
         folder = self.out / shard_folder(side, number)
-        if (done := read_shard(folder)) is not None:
+        if done is not None and done.get("position"):
+            rows.go_to(done["position"], done["prompts"])
+            return self._report(done["rows"])
+        if done is not None:
             self._pass_over(FewRows(rows, done["prompts"]))
             return self._report(done["rows"])
         if number % self.world != self.rank:
             return self._report(min(self._pass_over(rows), limit))
         with new_shard(folder, self._slugs, self.made_from["dtype"]) as shard:
             self._fill(shard, rows, limit)
-            shard.finish({"prompts": rows.taken})
+            shard.finish({"prompts": rows.taken, "position": rows.position})
         return shard.rows
 
     def _pass_over(self, rows: FewRows) -> int:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -133,27 +132,6 @@ def check_space(folder: Path, n_bytes: int) -> None:
             f"the cache needs {n_bytes / 1e9:.3g} GB more, and the disk of {str(folder)!r} has {free / 1e9:.3g} GB: "
             "take fewer tokens or hooks, or a smaller dtype."
         )
-
-
-def remove_leftovers(folder: Path, ours: Callable[[str], bool]) -> None:
-    """Delete what killed processes left under temporary names of the files and folders that are `ours`."""
-    for path in folder.glob(".*.tmp"):
-        name, _, process = path.name[1:].removesuffix(".tmp").rpartition(".")
-        if ours(name) and process.isdigit() and not _lives(int(process)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _lives(process: int) -> bool:
-    """Whether a process of this number is running here, and is not this one."""
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def check_finite(x: Float[Tensor, "n d"], hook: str, records: Mapping[str, Tensor], how: str = "") -> None:

@@ -21,30 +21,20 @@ import torch
 from torch import nn
 
 from unweave._errors import UnweaveError
-from unweave._files import write_json
-from unweave.activations.cache.folder import Cache, hashed, is_cache, open_cache, read_manifest
-from unweave.activations.cache.format import (
-    FORMAT,
-    IMAGES,
-    MANIFEST,
-    NAMED,
-    TOKENS,
-    VERSION,
-    dtype_name,
-    hash_of,
-    shard_folder,
-    slugs,
-)
+from unweave._files import remove_leftovers, write_json
+from unweave.activations.cache.begin import begin, is_of_rank, manifest_head
+from unweave.activations.cache.folder import Cache, open_cache
+from unweave.activations.cache.format import IMAGES, MANIFEST, TOKENS, dtype_name, shard_folder, slugs
 from unweave.activations.cache.job import Job
 from unweave.activations.cache.rows import FolderRows, are_rows, write_tokens
-from unweave.activations.cache.shards import on_disk, read_shard, remove_leftovers
+from unweave.activations.cache.shards import on_disk, read_shard
 from unweave.activations.config import DataConfig
 from unweave.activations.documents import open_documents
 from unweave.activations.images import ImageConfig, ImageRows, image_sides
 from unweave.activations.precision import ModelPrecision, model_dtype
 from unweave.activations.rows import Rows
 from unweave.activations.tokenized.folder import open_token_folder
-from unweave.activations.tokenized.format import SIDES, Side, find_token_folder
+from unweave.activations.tokenized.format import SIDES, Side, checksum, find_token_folder
 from unweave.activations.tokenized.vocabulary import describe_tokenizer
 from unweave.activations.tokens import TokenRows
 from unweave.models import Hook, LoadedModel, dtype_of, head_index, load_model, resolve_hooks, tl_name
@@ -158,9 +148,9 @@ def cache(
         }
     out = Path(out).expanduser()
     with on_disk(out):
-        if _begin(out, made_from, resume=resume or world > 1):
+        if begin(out, made_from, resume=resume or world > 1):
             return open_cache(out)
-        remove_leftovers(out, partial(_is_of_rank, rank=rank, world=world))
+        remove_leftovers(out, partial(is_of_rank, rank=rank, world=world))
         if source is None:
             sides: dict[Side, Rows] = {"train": data}
             if held_out_data is not None:
@@ -183,7 +173,8 @@ def cache(
                     "store what there is."
                 )
         if isinstance(data, ImageRows):
-            write_json(out / IMAGES, data.source.to_json())
+            bad = [rows.position()["bad"] for rows in (data, held_out_data) if isinstance(rows, ImageRows)]
+            write_json(out / IMAGES, data.source.to_json() | {"bad": {k: v for each in bad for k, v in each.items()}})
         finished = _complete(out, made_from, totals, loaded, places)
     return open_cache(out) if finished else None
 
@@ -215,41 +206,6 @@ def _about_rows(rows: Any) -> dict[str, Any]:
     }
 
 
-def _begin(out: Path, made_from: dict[str, Any], *, resume: bool) -> bool:
-    """Claim the folder, or find out that it is this very cache; whether that is finished.
-
-    Raises:
-        UnweaveError: It holds something else.
-    """
-    if out.exists() and not out.is_dir():
-        raise UnweaveError(f"the output {str(out)!r} is a file; name a folder.")
-    if not is_cache(out):
-        if not out.is_dir() or all(path.name.startswith(".") for path in out.iterdir()):
-            write_json(out / MANIFEST, manifest_head(made_from) | {"complete": False})
-            return False
-        if not is_cache(out):  # which another rank may have made of it by now
-            raise UnweaveError(f"the folder {str(out)!r} is not empty and holds no cache: choose another one.")
-    manifest = read_manifest(out)
-    before, now = hashed(manifest["made_from"]), hashed(json.loads(json.dumps(made_from)))
-    for key in now:
-        if before.get(key) != now[key]:
-            was, here = (m[key].get("name") if key in NAMED and m[key] else m[key]
-                         for m in (manifest["made_from"], made_from))  # fmt: skip
-            what = "another one" if was == here else repr(here)
-            raise UnweaveError(f"the cache {str(out)!r} has {key} {was!r} and cannot go on with {what}.")
-    if not resume:
-        state = "finished" if manifest["complete"] else "unfinished"
-        hint = "choose another folder" if manifest["complete"] else "pass --resume to go on"
-        raise UnweaveError(f"the folder {str(out)!r} holds this cache already, {state}: {hint}.")
-    return bool(manifest["complete"])
-
-
-def _is_of_rank(name: str, rank: int, world: int) -> bool:
-    """Whether a temporary file or folder is one that this process would write."""
-    number = name.rpartition("_")[2]
-    return name in (MANIFEST, f"{TOKENS}-{rank}") or (number.isdigit() and int(number) % world == rank)
-
-
 def _rows_of_text(
     folder: Path,
     open_side: Callable[..., TokenRows],
@@ -267,10 +223,6 @@ def _rows_of_text(
         write_tokens(folder, opened, wanted, fewer, made_from["positions"], about, temporary)
     tokens = open_token_folder(folder)
     return {side: FolderRows(tokens, side) for side in SIDES}
-
-
-def manifest_head(made_from: dict[str, Any]) -> dict[str, Any]:
-    return {"format": FORMAT, "version": VERSION, "hash": hash_of(hashed(made_from)), "made_from": made_from}
 
 
 def _complete(
@@ -314,5 +266,7 @@ def _complete(
         },
         "complete": True,
     }
+    if (out / IMAGES).is_file():
+        whole["images"] = {"bytes": (out / IMAGES).stat().st_size, "blake2b": checksum(out / IMAGES)}
     write_json(out / MANIFEST, manifest_head(made_from) | whole)
     return True

@@ -15,8 +15,15 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor
 
-from unweave._errors import UnweaveError, nearest
-from unweave.activations.hf_datasets import is_hf_dataset, is_saved_dataset, load_by_name, load_saved
+from unweave._errors import UnweaveError
+from unweave.activations.hf_datasets import (
+    is_hf_dataset,
+    is_saved_dataset,
+    is_written_as_path,
+    load_by_name,
+    load_saved,
+    near_path,
+)
 from unweave.activations.images.config import ImageConfig
 from unweave.activations.images.hf_images import dataset_images
 from unweave.activations.images.source import (
@@ -78,10 +85,10 @@ def open_images(data: ImageData, config: ImageConfig) -> Images:
     """
     if isinstance(data, Images):
         return data
-    if isinstance(data, str) and data == DIGITS:
-        return digits()
     if isinstance(data, str | Path):
-        return _open_path(data, config)
+        found = digits() if data == DIGITS else _open_path(data, config)
+        found.given = str(data)
+        return found
     if is_hf_dataset(data):
         return dataset_images(data, "the dataset", config)
     if isinstance(data, np.ndarray | Tensor | Sequence):
@@ -161,9 +168,8 @@ def _open_path(data: str | Path, config: ImageConfig) -> Images:
         if path.suffix.lower() not in SUFFIXES:
             raise UnweaveError(f"{path} is none of the kinds of images that can be read: {', '.join(SUFFIXES)}.")
         return _of_files(str(path), Listing([path], [path.name], (), None, None), config)
-    if isinstance(data, Path) or str(data).startswith((".", "/", "~", "\\")) or str(data).count("/") > 1:
-        near = nearest(path.name, (file.name for file in path.parent.iterdir())) if path.parent.is_dir() else ""
-        raise UnweaveError(f"there is no image or folder {data}{near or '.'}")
+    if is_written_as_path(data):
+        raise UnweaveError(f"there is no image or folder {data}{near_path(path)}")
     return dataset_images(load_by_name(str(data), config), str(data), config)
 
 
@@ -244,9 +250,10 @@ def _iterable(data: Iterable[Any]) -> Images:
     def stream() -> Iterator[Callable[[], Entry]]:
         items = rest.pop() if rest else () if once else data  # a generator is empty the second time
         for i, item in enumerate(items):
-            yield partial(ready_entry, i, item) if ready else partial(memory_entry, f"image {i}", item)
+            name = str(item) if isinstance(item, str | Path) else f"image {i}"
+            yield partial(ready_entry, i, item) if ready else partial(memory_entry, name, item)
 
-    images = Images(name="the iterable of images", fingerprint="", names=[], stream=stream, ready=ready)
+    images = Images("the iterable of images", fingerprint="", names=[], stream=stream, ready=ready, once=once)
     if ready:
         _note_labels(images, [ready_entry(0, first)])
         images.labels = None

@@ -7,7 +7,6 @@ are waited for in order. The position of a run is a place in an epoch's order, s
 from __future__ import annotations
 
 import struct
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from unweave._errors import UnweaveError
+from unweave.activations.images.bad import BadImages
 from unweave.activations.images.batch import ImageBatch
 from unweave.activations.images.config import ImageConfig
 from unweave.activations.images.listing import ImageData, open_images
@@ -87,11 +87,9 @@ class ImageRows:
             raise UnweaveError("held-out images were asked for, but held_out=0 keeps none.")
         self.source = open_images(data, config)
         self.config, self.held_out, self.repeat = config, held_out, repeat
-        self._preparation = Preparation(
-            model, config, ready=self.source.ready, label_dtype=self.source.label_dtype
-        )
+        self._preparation = Preparation(model, config, ready=self.source.ready, label_dtype=self.source.label_dtype)
         self._processor = "" if self.source.ready or model.processor is None else describe(model.processor)
-        self.bad: dict[str, str] = {}
+        self.bad = BadImages(self.source.name, config.max_bad)
         self.epoch = 0
         self._done = 0
         self._cutoff = config.held_out * 2.0**64
@@ -138,6 +136,16 @@ class ImageRows:
         """Everything needed to go on: plain values."""
         return {"data": self._identity(), "epoch": self.epoch, "done": self._done, "bad": dict(self.bad)}
 
+    def position(self) -> dict[str, Any]:
+        """Where `go_to` goes on: behind the last image that was served, with the unreadable ones up to there."""
+        return {"epoch": self.epoch, "done": self._done, "bad": self.bad.up_to((self.epoch, self._done))}
+
+    def go_to(self, position: dict[str, Any]) -> None:
+        """Go on behind images that were served before, in another process perhaps, without decoding them."""
+        self.bad = BadImages(self.source.name, self.config.max_bad, position["bad"])
+        self.epoch, self._done = position["epoch"], position["done"]
+        self._seek(self.epoch, self._done)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was saved.
 
@@ -148,9 +156,7 @@ class ImageRows:
             if state["data"][name] != value:
                 was = state["data"][name]
                 raise UnweaveError(f"the saved position is of other data: {name} was {was!r} and is now {value!r}.")
-        self.bad = dict(state["bad"])
-        self.epoch, self._done = state["epoch"], state["done"]
-        self._seek(self.epoch, self._done)
+        self.go_to(state)
 
     @property
     def fingerprint(self) -> str:
@@ -190,12 +196,22 @@ class ImageRows:
             for i, get in enumerate(self.source.stream()):
                 if i >= start:
                     yield i + 1, i, get
+                else:
+                    self._register(i, get)
             return
         order = np.random.default_rng([self.config.seed, epoch]).permutation(len(self.source))
         for window in range(0, len(order), _WINDOW):
             for behind, i in enumerate(self._by_grid(order[window : window + _WINDOW].tolist()), window + 1):
                 if behind > start:
                     yield behind, i, lambda i=i: entry(i)  # type: ignore[misc]
+
+    def _register(self, number: int, get: Callable[[], Entry]) -> None:
+        """Note what is known of an image that is passed over; it is not decoded."""
+        try:
+            entry = get()
+            self.source.register(number, entry.name, entry.label)
+        except _UNREADABLE:
+            self.source.register(number, f"image {number}", None)
 
     def _by_grid(self, numbers: list[int]) -> list[int]:
         """Images of equal grids together, where aspect ratios are kept; otherwise as they come."""
@@ -228,7 +244,7 @@ class ImageRows:
         self._keep(number, outcome)
         self.source.register(number, outcome.name or f"image {number}", outcome.label)
         if outcome.bad is not None:
-            self._note_bad(outcome.name or self.source.names[number], outcome.bad)
+            self.bad.note(outcome.name or self.source.names[number], outcome.bad, (epoch, behind))
         elif outcome.prepared is not None:
             self._found = True
             self._ready.append(_Row(outcome.prepared, number, epoch, behind))
@@ -276,17 +292,6 @@ class ImageRows:
         except _UNREADABLE as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             return _Outcome(name, label, bad=reason)
-
-    def _note_bad(self, name: str, reason: str) -> None:
-        if name in self.bad:
-            return
-        self.bad[name] = reason
-        if len(self.bad) > self.config.max_bad:
-            raise UnweaveError(
-                f"{len(self.bad)} images of {self.source.name} could not be read, more than max_bad="
-                f"{self.config.max_bad}: {'; '.join(f'{name} ({reason})' for name, reason in self.bad.items())}."
-            )
-        warnings.warn(f"skipped the image {name}, which cannot be read: {reason}.", stacklevel=2)
 
     def _batch(self, rows: list[_Row]) -> ImageBatch:
         if not rows:

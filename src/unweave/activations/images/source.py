@@ -66,23 +66,26 @@ class Images:
     """All images from the first one on, of a stream, each to be got from any thread."""
     ready: bool = False
     """The entries are inputs of the model as they are, and no images."""
+    given: str | None = None
+    """The path or name that they were opened by, if it was one."""
+    once: bool = False
+    """A stream that can be read a single time."""
 
     def __len__(self) -> int:
         return len(self.names)
 
     def to_json(self) -> dict[str, Any]:
         """Names, classes and class of each image by number, for a file beside activations."""
-        return {"name": self.name, "names": self.names, "classes": list(self.classes), "labels": self.labels}
+        known = {"names": self.names, "classes": list(self.classes), "labels": self.labels}
+        return {"name": self.name, "source": self.given} | known
 
     def register(self, number: int, name: str, label: int | None) -> None:
-        """Note the name and class of an image of a stream."""
-        if self.stream is not None and number >= len(self.names):
-            self.names += [f"image {i}" for i in range(len(self.names), number)]  # passed over when resuming
+        """Note the name and class of an image of a stream; they come in order."""
+        if self.stream is not None and number == len(self.names):
             self.names.append(name)
             if label is not None and self.labels is None:
                 self.labels = [-1] * number
             if self.labels is not None:
-                self.labels += [-1] * (number - len(self.labels))
                 self.labels.append(-1 if label is None else label)
 
 
@@ -112,6 +115,8 @@ def _opened(content: bytes) -> Iterator[Image]:
         with module.open(BytesIO(content)) as image:
             image.load()
             yield image
+    except module.UnidentifiedImageError as error:  # whose message is about an address in memory
+        raise ValueError("no kind of image that can be read") from error
     except module.DecompressionBombError as error:  # of no kind that means a damaged file
         raise ValueError(str(error)) from error
 

@@ -96,9 +96,12 @@ class TokenFolder:
         Raises:
             UnweaveError: Some differ; all of them are named.
         """
-        wrong = [name for name, _, blake2b in _files(self.manifest) if checksum(self.path / name) != blake2b]
-        if wrong:
+        if wrong := self.changed():
             raise UnweaveError(f"in {self.path}, {', '.join(wrong)} changed after being written: make the folder anew.")
+
+    def changed(self) -> list[str]:
+        """The files that differ from their checksums; all of them are read."""
+        return [name for name, _, blake2b in _files(self.manifest) if checksum(self.path / name) != blake2b]
 
     def check_split(self, held_out: float) -> None:
         """Refuse another share of held-out documents than the folder keeps, whose sides cannot be drawn anew.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unweave._errors import UnweaveError
+from unweave._hub import asked_once
 from unweave.models.load import fingerprint, load_tokenizer
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def tokenizer_of_hub(name: str) -> dict[str, Any] | None:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return _made_with(Path(hf_hub_download(name, SAELENS_FILE, repo_type="dataset")))
+        with asked_once():
+            return _made_with(Path(hf_hub_download(name, SAELENS_FILE, repo_type="dataset")))
     except (OSError, HfHubHTTPError, HFValidationError):  # LocalEntryNotFoundError is an OSError
         return None
 

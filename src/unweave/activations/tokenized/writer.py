@@ -211,7 +211,7 @@ class TokenWriter:
     def _check_settings(self, saved: Mapping[str, Any]) -> None:
         for name, value in self._settings.items():
             if saved.get(name) != value:
-                raise UnweaveError(f"{self.folder} was begun with other settings: {_difference(name, saved, value)}.")
+                raise UnweaveError(f"{self.folder} was begun with other settings: {difference(name, saved, value)}.")
 
     def _cut_files(self, *, final: bool = False) -> None:
         """Make the files hold `self.tokens` and nothing after them; `final`: with headers that say so."""
@@ -308,10 +308,10 @@ def _read(path: Path) -> dict[str, Any]:
     return value
 
 
-def _difference(name: str, saved: Mapping[str, Any], value: Any) -> str:
+def difference(name: str, saved: Mapping[str, Any], value: Any) -> str:
     """Which setting differs, down to the innermost."""
     was = saved.get(name)
     if isinstance(was, dict) and isinstance(value, dict):
         key = next(key for key in [*value, *was] if was.get(key) != value.get(key))
-        return _difference(key, was, value.get(key))
+        return difference(key, was, value.get(key))
     return f"{name} was {was!r} and is now {value!r}"
