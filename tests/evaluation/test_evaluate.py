@@ -123,7 +123,7 @@ def test_reads_held_out_documents_only(gpt2, sae, documents):
     held_out = sum(int(batch.real.sum()) for batch in rows.batches(8))
     assert report.provenance["tokens"]["seen"] == held_out
     assert report.provenance["data"]["split"] == "held-out"
-    assert any(f"held {held_out:,} tokens" in note for note in report.notes)
+    assert any(f"there are {held_out:,}" in note for note in report.notes)
 
     everything = evaluate(sae, model=gpt2, data=documents, tokens=10**6, data_config=replace(CONFIG, held_out=0))
     assert everything.provenance["data"]["split"] == "all"

@@ -77,7 +77,7 @@ def test_asked_for_and_not_installed(monkeypatch, value, attribute, message):
     ("value", "hint"),
     [
         ("referense", "did you mean 'reference'?"),
-        ("CPU", "there are reference, cpu, cuda."),
+        ("CPU", "did you mean 'cpu' or 'cuda'?"),
         ("cdua", "did you mean 'cuda' or 'cpu'?"),
         ("triton", "there are reference, cpu, cuda."),
     ],

@@ -12,6 +12,7 @@ from unweave.training import SAEConfig, train_on
 from unweave.training.finish import finished_sae, save_finished
 from unweave.training.schedules import learning_rate_factor
 from unweave.training.trainee import Trainee
+from unweave.training.window import follow_spread
 
 ACTIVATIONS = [TopK(3), BatchTopK(3), ReLU(), JumpReLU(), Gated()]
 
@@ -296,6 +297,7 @@ def test_steps_are_those_of_torchs_adam(activation):
     for step, x in enumerate(world(8)):
         own.step(x)
         x = x * other.scale
+        follow_spread(other, x)
         made = other._autograd(x, min(1.0, step / 10))
         norm = made.squares.sqrt().item()
         clip = min(1.0, 0.02 * sae.d_in / norm)
