@@ -1,6 +1,8 @@
 // The C interface, compiled once for each target: every function is exported as uw_NAME_TARGET.
 // Callers check shapes, types and index ranges; nothing is checked here.
+#include "attention.h"
 #include "dense.h"
+#include "fused.h"
 #include "gather.h"
 #include "optimizer.h"
 #include "select.h"
@@ -106,6 +108,35 @@ i64 UW_EXPORT(certain)(void *handle) {
     return total;
 }
 
+#if defined(UW_INT8_PRODUCTS)
+
+// The scans of tiles below with the int8 product made in them: of all latents, or of `width` of them. Only for processors
+// that have an instruction for it.
+void UW_EXPORT(pick_topk)(void *handle, i64 m, i64 d, const void *screen, i64 k, i64 magnitude, float guess) {
+    Collector &collector = *static_cast<Collector *>(handle);
+    if (magnitude)
+        pick_candidates(collector, 0, m, d, SCREEN, PickLargest<true>{SCREEN, k, guess});
+    else
+        pick_candidates(collector, 0, m, d, SCREEN, PickLargest<false>{SCREEN, k, guess});
+}
+
+void UW_EXPORT(pick_above)(void *handle, i64 first, i64 width, i64 d, const void *screen, const float *bounds,
+                           i64 count_certain) {
+    const PickAbove pick{SCREEN, bounds, count_certain != 0};
+    pick_candidates(*static_cast<Collector *>(handle), first, width, d, SCREEN, pick);
+}
+
+void UW_EXPORT(pick_groups)(void *handle, i64 m, i64 d, const void *screen, i64 size) {
+    Collector &collector = *static_cast<Collector *>(handle);
+    const i64 groups = m / size;
+    float *floors = static_cast<float *>(std::malloc(collector.n * groups * sizeof(float)));
+    for (i64 i = 0; i < collector.n * groups; i++) floors[i] = -INF;
+    pick_candidates(collector, 0, m, d, SCREEN, PickGroups{SCREEN, size, groups, floors});
+    std::free(floors);
+}
+
+#endif
+
 // The products of a tile are float (0), bf16 (1) or int32 of int8 operands (2).
 void UW_EXPORT(scan_topk)(void *handle, const void *tile, i64 kind, i64 width, i64 first, const void *screen, i64 k,
                           i64 magnitude, float guess) {
@@ -190,6 +221,23 @@ void UW_EXPORT(gather_rows)(const i64 *rows, i64 n, i64 d, const void *stretches
                             i64 wide, void *out, i64 threads) {
     gather_rows(rows, n, d, static_cast<const Stretch *>(stretches), starts, count, kind, wide != 0,
                 static_cast<char *>(out), threads);
+}
+
+// Strides: of queries, keys and values along the batch, the heads and the positions. Returns 1 if there is no such kernel
+// for this target; then nothing was written.
+int UW_EXPORT(attention)(const void *q, const void *k, const void *v, void *out, i64 batch, i64 heads, i64 groups,
+                         i64 length, i64 width, const i64 *strides, float scale, i64 causal) {
+#if defined(__AVX512BF16__)
+    const auto at = [strides](int i) { return Strides{strides[i], strides[i + 1], strides[i + 2]}; };
+    const Attention a{batch, heads, groups, length, width, at(0), at(3), at(6), scale, causal != 0};
+    attention(a, static_cast<const bf16 *>(q), static_cast<const bf16 *>(k), static_cast<const bf16 *>(v),
+              static_cast<bf16 *>(out));
+    return 0;
+#else
+    (void)q, (void)k, (void)v, (void)out, (void)batch, (void)heads, (void)groups, (void)length, (void)width;
+    (void)strides, (void)scale, (void)causal;
+    return 1;
+#endif
 }
 
 void UW_EXPORT(adam_rows)(float *weight, i64 m, i64 d, const float *grad, const i64 *slot, void *first, void *second,

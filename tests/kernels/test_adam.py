@@ -35,7 +35,7 @@ def zeros(weight: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Ten
     seed=st.integers(0, 2**32),
 )
 def test_equals_torch(backend, m, d, betas, eps, grad_scale, some, unit, dtype, seed):
-    """Four steps, with gradients of all rows or only of some, those of the others being 0."""
+    """pitfall_158, pitfall_173: four steps, with gradients of all rows or only of some, those of the others being 0."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(m, d, generator=generator, dtype=dtype)
     expected = weight.double().clone().requires_grad_()

@@ -34,6 +34,7 @@ def test_by_itself_the_tensors_choose(monkeypatch, value):
 
 
 def test_without_compiled_kernels_the_reference_runs(monkeypatch):
+    """pitfall_18 of what users ask for: each kernel has a plain fallback."""
     monkeypatch.setattr(cpu, "available", lambda: False)
     assert backend("f", CPU) == "reference"
 

@@ -6,11 +6,13 @@
     scatter_outer   codes.T @ grad: the weight gradients, latent by latent
     adam_rows       one pass over the rows of a weight matrix
     gather_rows     rows out of mapped files into a batch
+    attention       of the model that gives the activations
 
 The encoder product is the only dense one. Nothing here knows what an SAE is. `dispatch` chooses between the back-ends.
 """
 
 from unweave.kernels.adam import adam_rows
+from unweave.kernels.attention import attention
 from unweave.kernels.encode import TooDense, encode_select
 from unweave.kernels.gather import RowTable, gather_rows
 from unweave.kernels.ops import gather_sum, scatter_outer, sddmm, transpose
@@ -32,6 +34,7 @@ __all__ = [
     "TooDense",
     "Transposed",
     "adam_rows",
+    "attention",
     "encode_select",
     "gather_rows",
     "gather_sum",

@@ -33,6 +33,9 @@ _SIGNATURES = {  # p: pointer or None, i: int64, u: uint64, f: float, d: double;
     "discard": "p",
     "not_finite": "p:i",
     "certain": "p:i",
+    "pick_topk": "piipiif",
+    "pick_above": "piiippi",
+    "pick_groups": "piipi",
     "scan_topk": "ppiiipiif",
     "finish_topk": "pppiipiiipp:i",
     "scan_above": "ppiiipp",
@@ -45,6 +48,7 @@ _SIGNATURES = {  # p: pointer or None, i: int64, u: uint64, f: float, d: double;
     "take": "ppp",
     "adam_rows": "piippppiffffffuip",
     "gather_rows": "piippiiipi",
+    "attention": "ppppiiiiipfi:i",
 }
 
 
@@ -76,6 +80,12 @@ def forced_target(target: str) -> Iterator[None]:
 def available() -> bool:
     """Whether the C++ kernels can be used here."""
     return load() is not None
+
+
+def picks() -> bool:
+    """Whether the kernels make int8 products themselves, and pick candidates from them as they are made."""
+    library = load()
+    return library is not None and hasattr(library, f"uw_pick_topk_{_forced[-1] if _forced else targets(library)[0]}")
 
 
 def _call(name: str, *arguments: Any) -> Any:
@@ -231,7 +241,7 @@ def kth_largest(values: Float[Tensor, " n"], k: int) -> float:
 
 
 class Collector:
-    """Candidates of some rows, gathered tile by tile; see csrc/select.h."""
+    """Candidates of some rows, gathered tile by tile (csrc/select.h) or while products are made (csrc/fused.h)."""
 
     def __init__(self, n: int) -> None:
         self.n, self._handle = n, _call("collector", n)
@@ -265,15 +275,17 @@ class Collector:
     def scan_groups(self, tile: Tensor, first: int, screen: ctypes.Structure, size: int) -> None:
         self._scan("groups", tile, first, screen, size)
 
+    def pick(self, what: str, *arguments: Any) -> None:
+        """Make int8 products and look at them at once: "topk", "above" or "groups"; see csrc/kernels.cpp."""
+        _call(f"pick_{what}", self._handle, *arguments)
+
     def finish_topk(
         self, x: Tensor, weight: Tensor, screen: ctypes.Structure, k: int, magnitude: bool, guess: bool
-    ) -> Selection | None:
-        """The selection; None if a guessed floor was too high."""
-        indices, values = x.new_empty(self.n * k, dtype=torch.int64), x.new_empty(self.n * k)
-        failed = _call(
-            "finish_topk", self._handle, x, weight, *weight.shape, screen, k, magnitude, guess, indices, values
-        )
-        return None if failed else Selection(indices.new_full((self.n,), k), indices, values)
+    ) -> Selection:
+        """The selection; rows whose guessed floor was too high have indices of -1."""
+        indices, values = x.new_full((self.n * k,), -1, dtype=torch.int64), x.new_empty(self.n * k)
+        _call("finish_topk", self._handle, x, weight, *weight.shape, screen, k, magnitude, guess, indices, values)
+        return Selection(indices.new_full((self.n,), k), indices, values)
 
     def finish_groups(self, x: Tensor, weight: Tensor, screen: ctypes.Structure, groups: int, size: int) -> Selection:
         indices, values = x.new_empty(self.n * groups, dtype=torch.int64), x.new_empty(self.n * groups)
@@ -295,3 +307,14 @@ def gather_rows(
     """See `unweave.kernels.gather_rows`; the stretches are a ctypes array of csrc/gather.h's `Stretch`."""
     _call("gather_rows", rows, *out.shape, stretches, starts, len(starts) - 1, kind, int(wide), out, threads)
     return out
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor | None:
+    """See `unweave.kernels.attention`; None where the library or the processor has no such kernel."""
+    if not hasattr(load(), "uw_attention_generic"):  # a library that was built before there was one
+        return None
+    b, h, n, d = q.shape
+    out = q.new_empty(b, n, h, d)
+    strides = (ctypes.c_int64 * 9)(*(step for x in (q, k, v) for step in x.stride()[:3]))
+    missing = _call("attention", q, k, v, out, b, h, h // k.shape[1], n, d, strides, scale, causal)
+    return None if missing else out

@@ -8,6 +8,7 @@ is the same, bit for bit, whatever the precision of the product and the number o
 
 from __future__ import annotations
 
+import ctypes
 import math
 
 import torch
@@ -23,6 +24,10 @@ from unweave.kernels.select import Above, Largest, LargestOfBatch, LargestOfGrou
 
 CHUNK_ROWS = 512
 TILE = 16_384
+FUSED_ROWS = 2048
+"""Rows of a chunk where products are made by the kernels, and only its candidates take memory."""
+FIRST_TILE = 2048
+"""Latents of such a chunk after which it is first seen whether it is too dense."""
 _PROBE_ROWS = 64
 
 class TooDense(Exception):  # no error: the caller then computes densely
@@ -156,8 +161,9 @@ def _screened(
     precision: Precision,
     screen: Screen | None,
     max_density: float,
+    guessing: bool = True,
 ) -> Selection:
-    """Selection with the compiled kernels on a CPU."""
+    """Selection with the compiled kernels on a CPU; `guessing` is whether floors of `Largest` may be guessed."""
     rows, (n, m) = W_enc.T.contiguous(), (len(x), W_enc.shape[1])
     if screen is None:
         screen = Screen.room_for(rows, precision)
@@ -169,28 +175,57 @@ def _screened(
     if not all(t.isfinite().all() for t in (inputs.norms, screen.images.norms, b_enc)):
         return _reference(x, W_enc, b_enc, spec, max_density)  # no bound holds; it says which row is not finite
     screening = Screening(screen, inputs, x, rows, b_enc)
+    fused = cpu.picks() and screening.fits_int8()
     group = m // spec.groups if isinstance(spec, LargestOfGroups) else 1
+    few = isinstance(spec, Largest)  # candidates, beside those of other specs, which take more memory
+    chunk_rows, tile = (FUSED_ROWS if few else -(-FUSED_ROWS // 2), FIRST_TILE) if fused else (CHUNK_ROWS, TILE)
     # Tiles of equal width, of whole groups.
-    tiles = -(-m // max(TILE, group))
+    tiles = -(-m // max(tile, group))
     width = -(-m // (tiles * group)) * group
-    buffer = scratch("products", (min(CHUNK_ROWS, n) * min(width, m),), screening.product_dtype)
+    buffer = None if fused else scratch("products", (min(chunk_rows, n) * min(width, m),), screening.product_dtype)
     if isinstance(spec, Above):
         bounds = torch.as_tensor(spec.bounds, dtype=torch.float32).expand(m).contiguous()
 
-    def chunk(start: int, guess: float) -> Selection | None:
-        part, known = x[start : start + CHUNK_ROWS], screening.struct(start)
+    # What PyTorch's products leave in `buffer`, or the kernels' own products while they are made.
+    def scan(collector: cpu.Collector, tile: Tensor, first: int, known: ctypes.Structure, guess: float) -> None:
+        match spec:
+            case Largest(k, magnitude):
+                collector.scan_topk(tile, first, known, k, magnitude, guess)
+            case LargestOfGroups():
+                collector.scan_groups(tile, first, known, group)
+            case Above():
+                collector.scan_above(tile, first, known, bounds)
+
+    def check_density(collector: cpu.Collector, latents: int) -> None:
+        if collector.certain() > max_density * collector.n * latents:
+            raise TooDense
+
+    def pick(collector: cpu.Collector, early: bool, known: ctypes.Structure, guess: float) -> None:
+        match spec:
+            case Largest(k, magnitude):
+                collector.pick("topk", m, x.shape[1], known, k, magnitude, guess)
+            case LargestOfGroups():
+                collector.pick("groups", m, x.shape[1], known, group)
+            case Above():
+                step = width if early else m
+                for first in range(0, m, step):
+                    end = min(first + step, m)
+                    collector.pick("above", first, end - first, x.shape[1], known, bounds, early)
+                    if early:
+                        check_density(collector, end)
+
+    def chunk(start: int, guess: float) -> Selection:
+        part, known = x[start : start + chunk_rows], screening.struct(start)
         with cpu.Collector(len(part)) as collector:
-            for first in range(0, m, width):
-                tile = screening.products(slice(start, start + CHUNK_ROWS), slice(first, first + width), buffer)
-                match spec:
-                    case Largest(k, magnitude):
-                        collector.scan_topk(tile, first, known, k, magnitude, guess)
-                    case LargestOfGroups():
-                        collector.scan_groups(tile, first, known, group)
-                    case Above():
-                        collector.scan_above(tile, first, known, bounds)
-                if start == 0 and collector.certain() > max_density * len(part) * min(first + width, m):
-                    raise TooDense
+            early = start == 0 and max_density < 1
+            if buffer is None:
+                pick(collector, early, known, guess)
+            else:
+                for first in range(0, m, width):
+                    products = screening.products(slice(start, start + chunk_rows), slice(first, first + width), buffer)
+                    scan(collector, products, first, known, guess)
+                    if early:
+                        check_density(collector, min(first + width, m))
             if (row := collector.not_finite()) >= 0:
                 raise _not_finite(start + row)
             match spec:
@@ -201,7 +236,13 @@ def _screened(
             return collector.finish_above(part, rows, known, bounds)
 
     # Errors of d independent roundings reach a 1/sqrt(d) of their bound. A guess of 4 times that which fails costs the
-    # chunk a second product, and the certain way still gives the answer.
-    guess = 4 * x.shape[1] ** -0.5 if screening.kind == "int8" and x.shape[1] > 64 else 0.0
-    parts = [chunk(start, guess) or chunk(start, 0.0) for start in range(0, n, CHUNK_ROWS)]
-    return _joined([part for part in parts if part is not None])
+    # row a second product, and the certain way still gives the answer.
+    guess = 4 * x.shape[1] ** -0.5 if guessing and screening.kind == "int8" and x.shape[1] > 64 else 0.0
+    found = _joined([chunk(start, guess) for start in range(0, n, chunk_rows)])
+    if isinstance(spec, Largest) and guess > 0:
+        failed = (found.indices[:: spec.k] < 0).nonzero().flatten()
+        if len(failed):
+            again = _screened(x[failed], W_enc, b_enc, spec, precision, screen, max_density, guessing=False)
+            found.indices.view(n, -1)[failed] = again.indices.view(len(failed), -1)
+            found.values.view(n, -1)[failed] = again.values.view(len(failed), -1)
+    return found

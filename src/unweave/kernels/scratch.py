@@ -33,3 +33,8 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float3
     if buffer is None or len(buffer) < wanted:
         buffer = _pool.buffers[name] = torch.empty(wanted, dtype=torch.uint8, device="cpu")
     return buffer[:wanted].view(dtype).view(shape)
+
+
+def scratch_bytes() -> int:
+    """Bytes that `scratch` holds for this thread."""
+    return sum(map(len, _pool.buffers.values()))

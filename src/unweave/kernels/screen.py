@@ -194,6 +194,15 @@ class Screening:
             return torch._int_mm(x, weight.T, out=tile)
         return torch.mm(x, weight.T, out=tile)
 
+    def fits_int8(self) -> bool:
+        """Whether products are made of int8 and no pre-activation, as they give it, can leave fp32's range."""
+        if self.kind != "int8":
+            return False
+        assert self.inputs.byte_scales is not None
+        assert self.images.byte_scales is not None
+        units = self.inputs.byte_scales.max().item() * self.images.byte_scales.max().item()
+        return units * 127**2 * self.x.shape[1] + self.largest[0] < 1e38
+
     @property
     def product_dtype(self) -> torch.dtype:
         return torch.int32 if self.kind == "int8" else self.x.dtype

@@ -1,0 +1,175 @@
+"""Int8 products that the kernels make themselves, and pick candidates from: as exact as products that PyTorch makes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from unweave.kernels import (
+    Above,
+    Largest,
+    LargestOfBatch,
+    LargestOfGroups,
+    Selection,
+    Spec,
+    TooDense,
+    cpu,
+    encode,
+    encode_select,
+    screen,
+)
+
+many = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# Around the sizes of a tile, 12 rows and 32 latents, and of four bytes and a vector of them.
+ROWS, WIDTHS = (1, 2, 11, 12, 13, 25), (1, 2, 3, 4, 5, 63, 64, 65, 130, 257)
+LATENTS = (1, 2, 16, 31, 32, 33, 97, 300, 1030)
+
+
+@pytest.fixture(autouse=True)
+def _fused(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "_fast_int8", lambda: True)
+    monkeypatch.setattr(screen, "_NARROWEST", 1)
+    monkeypatch.setattr(screen, "_COARSEST", torch.inf)
+    if not cpu.picks():
+        pytest.skip("for this instruction set PyTorch makes the products")
+
+
+def both(x: Tensor, W: Tensor, bias: Tensor, spec: Spec) -> Selection:
+    """What is found with the kernels' own products, which must be what PyTorch's lead to, bit for bit."""
+    found = encode_select(x, W, bias, spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "picks", lambda: False)
+        expected = encode_select(x, W, bias, spec)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    return found
+
+
+def specs(m: int, values: Tensor) -> list[Spec]:
+    divisor = next(g for g in (7, 5, 3, 2, 1) if m % g == 0)
+    return [
+        Largest(1), Largest(m), Largest((m + 3) // 4), Largest((m + 9) // 10, magnitude=True),
+        LargestOfGroups(divisor), LargestOfGroups(m // divisor), LargestOfGroups(1), LargestOfGroups(m),
+        Above(values.median().item()), Above(values[torch.arange(m) % len(values)]),
+        Above(-torch.inf), Above(torch.inf), LargestOfBatch(max(1, len(values) // 10)),
+    ]  # fmt: skip
+
+
+CASES = (
+    "plain", "zeros", "zero rows", "whole range", "duplicates", "tiny", "denormals", "huge", "one huge latent",
+    "too huge for int8", "norms apart", "biased",
+)  # fmt: skip
+
+
+@many
+@given(
+    st.sampled_from(ROWS), st.sampled_from(WIDTHS), st.sampled_from(LATENTS), st.sampled_from(CASES),
+    st.sampled_from([2, 24, 2048]), st.integers(0, 2**32),
+)  # fmt: skip
+def test_the_same_as_from_products_of_pytorch(n, d, m, case, chunk, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, rows, bias = (torch.randn(s, generator=generator) for s in ((n, d), (m, d), (m,)))
+    match case:
+        case "zeros":
+            x, rows, bias = x * 0, rows * 0, bias * 0
+        case "zero rows":
+            x[::2], rows[::3] = 0, 0
+        case "whole range":  # every byte is 127 or -127, all of one sign in the first rows
+            x, rows = x.sign(), rows.sign()
+            x[0], rows[0], rows[-1] = 1, 1, -1
+        case "duplicates":
+            rows, bias = rows[torch.arange(m) % (m // 4 + 1)], bias[torch.arange(m) % (m // 4 + 1)]
+        case "tiny":
+            x, rows, bias = x * 1e-12, rows * 1e-12, bias * 1e-24
+        case "denormals":
+            x, rows, bias = x * 1e-40, rows * 1e-3, bias * 1e-42
+        case "huge":
+            x, rows = x * 1e14, rows * 1e14
+        case "one huge latent":
+            rows[seed % m] *= 1e12
+        case "too huge for int8":  # the bound on what products give leaves fp32, the products do not
+            x, rows = x * 1e17, rows * 1e17
+        case "norms apart":
+            x = x * 10.0 ** torch.empty(n, 1).uniform_(-12, 12, generator=generator)
+        case "biased":
+            bias = bias * 1e4
+    values = encode_select(x, rows.T, bias, Largest(m), precision="fp32").values
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "FUSED_ROWS", chunk)
+        for spec in specs(m, values):
+            both(x, rows.T, bias, spec)
+
+
+@pytest.mark.parametrize("d", [256, 1021])
+def test_floors_rise_many_times(d):
+    """Latents in rising and in falling order: every tile has new winners, or none has."""
+    x, rows = torch.randn(40, d).abs(), torch.rand(5000, d).sort(dim=0).values
+    for ordered in (rows, rows.flip(0)):
+        for spec in (Largest(32), Largest(700), LargestOfGroups(10), Above(x.sum(1).mean().item() / 2)):
+            both(x, ordered.T, torch.zeros(5000), spec)
+
+
+@pytest.mark.parametrize("own_products", [True, False])
+def test_only_rows_with_a_wrong_guess_are_computed_again(monkeypatch, own_products):
+    """Where all errors have one sign, pre-activations look larger than they are by more than is guessed."""
+    made: list[int] = []
+    collector = cpu.Collector.__init__
+
+    def watched(self, n):
+        made.append(n)
+        collector(self, n)
+
+    monkeypatch.setattr(cpu.Collector, "__init__", watched)
+    if not own_products:
+        monkeypatch.setattr(cpu, "picks", lambda: False)
+    x = torch.randn(300, 100)
+    x[[7, 8, 250]] = 1.51 / 127  # rounded up wherever ...
+    x[[7, 8, 250], 0] = 1
+    rows = torch.rand(400, 100) + 1  # ... and all weights are positive
+    expected = encode_select(x, rows.T, torch.zeros(400), Largest(5), precision="fp32")
+    made.clear()
+    found = encode_select(x, rows.T, torch.zeros(400), Largest(5))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert made == [300, 3]
+
+
+def test_layout_of_inputs():
+    x, W = torch.randn(70, 40)[::2, ::2], torch.randn(40, 600)[::2, ::2]
+    assert not x.is_contiguous()
+    found = both(x, W, torch.randn(600)[::2], Largest(9))
+    assert found.indices.shape == (35 * 9,)
+
+
+@pytest.mark.parametrize("spec", [Largest(20), Largest(20, True), LargestOfGroups(35), Above(15.0)], ids=repr)
+def test_threads(spec):
+    """More parts than threads, and as many; the rows of a part are never a multiple of those of a tile."""
+    x, W, bias = torch.randn(1000, 130), torch.randn(700, 130).T, torch.randn(700)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            found.append(encode_select(x, W, bias, spec))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_too_dense_after_some_of_the_latents(monkeypatch):
+    """The first rows are looked at in parts, so that few candidates are gathered in vain."""
+    monkeypatch.setattr(encode, "FIRST_TILE", 100)
+    seen: list[range] = []
+    pick = cpu.Collector.pick
+
+    def watched(self, what, first, width, *rest):
+        seen.append(range(first, first + width))
+        pick(self, what, first, width, *rest)
+
+    monkeypatch.setattr(cpu.Collector, "pick", watched)
+    x, W, bias = torch.randn(50, 30), torch.randn(1000, 30).T, torch.zeros(1000)
+    with pytest.raises(TooDense):
+        encode_select(x, W, bias, Above(0.0), max_density=0.3)
+    assert seen == [range(100)]
+    assert encode_select(x, W, bias, Above(0.0), max_density=0.7).counts.sum() > 0.4 * 50 * 1000
+    assert seen[1:] == [range(i, i + 100) for i in range(0, 1000, 100)]
