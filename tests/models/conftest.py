@@ -67,6 +67,12 @@ def model(family: str, built: dict[str, nn.Module]) -> nn.Module:
 
 
 @pytest.fixture
+def fresh_model(family: str) -> nn.Module:
+    """One that no test has run: transformers leaves hooks on what was asked for its hidden states."""
+    return build(family)
+
+
+@pytest.fixture
 def gpt2(built: dict[str, nn.Module]) -> nn.Module:
     """A GPT-2 that a test may change."""
     if "gpt2" not in built:

@@ -266,6 +266,8 @@ def test_pitfall_146_nothing_is_cached_across_a_change_of_the_weights(gpt2: nn.M
 
 
 def test_the_early_end_keeps_no_activation_alive() -> None:
+    """pitfall_308"""
+
     class Watched(Parent):
         def forward(self, x: Tensor) -> Any:
             inner = x + 1

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from unweave.activations.live import ActivationStream, Pass
+from unweave.models.lean import sees_nothing
 
 
 class Background(Iterator[dict[str, Tensor]]):
@@ -161,6 +162,7 @@ class _Worker:
             for handle in handles:
                 handle.remove()
 
+    @sees_nothing
     def _leave(self, module: nn.Module, args: Any) -> None:
         if self._stopped.is_set() and threading.current_thread() is self.thread:
             raise _Stopped

@@ -13,7 +13,7 @@ import logging
 import pickle
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from unweave._errors import UnweaveError, nearest
+from unweave._errors import UnweaveError, nearest, nearest_beside
 from unweave._hub import asked_once, downloaded, unreachable
 from unweave.models.processors import Processor, load_processor, processor_files
 from unweave.models.timm_models import PREFIX as TIMM
@@ -38,6 +38,12 @@ DEMO = Path(__file__).parent / "demo_lm"
 DEMO_VIT = Path(__file__).parent / "demo_vit"
 """Folder of the model that `load_model("demo-vit")` loads."""
 _SHIPPED = {"demo": DEMO, "demo-vit": DEMO_VIT}
+
+_WELL_KNOWN = (
+    "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "EleutherAI/pythia-70m-deduped", "google/gemma-2-2b",
+    "google/gemma-3-1b-pt", "meta-llama/Llama-3.1-8B", "openai/clip-vit-base-patch32", "facebook/dinov2-base",
+)  # fmt: skip
+"""Models that many SAEs belong to, for the hint at what a misspelt name could have meant."""
 
 _VOCABULARIES = (
     "tokenizer.json",
@@ -147,14 +153,20 @@ def load_tokenizer(tokenizer: str | Path) -> PreTrainedTokenizerBase:
         UnweaveError: There is none.
     """
     if (found := _load_tokenizer(_source(tokenizer))) is None:
-        raise UnweaveError(f"no tokenizer was found in {str(tokenizer)!r}{_neighbours(Path(tokenizer))}")
+        near = nearest_beside(Path(tokenizer), _SHIPPED, folders=True)
+        raise UnweaveError(f"no tokenizer was found in {str(tokenizer)!r}{near or '.'}")
     return found
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of the vocabulary, in hexadecimal: the same on every machine, another for every other token or id."""
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+    return hash_of(tokenizer.get_vocab())
+
+
+def hash_of(vocabulary: Mapping[str, int]) -> str:
+    """The `fingerprint` of a tokenizer with these tokens."""
+    by_name = [(token, vocabulary[token]) for token in sorted(vocabulary)]
+    return hashlib.sha256(json.dumps(by_name).encode()).hexdigest()
 
 
 def _source(model: str | Path) -> str:
@@ -165,14 +177,9 @@ def _source(model: str | Path) -> str:
     if isinstance(model, str) and model not in _SHIPPED and not folder.exists() and _HUB_NAME.fullmatch(model):
         return model
     if folder.exists():
-        raise UnweaveError(f"{str(folder)!r} is a file, where the folder of a model is needed")
-    raise UnweaveError(f"the folder {str(folder)!r} does not exist{_neighbours(folder)}")
-
-
-def _neighbours(folder: Path) -> str:
-    """Folders beside a missing one whose names are close, as the end of a sentence."""
-    beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
-    return nearest(str(folder), [*_SHIPPED, *(str(other) for other in beside if other.is_dir())])
+        raise UnweaveError(f"{str(folder)!r} is a file, where the folder of a model is needed.")
+    near = nearest_beside(folder, _SHIPPED, folders=True)
+    raise UnweaveError(f"the folder {str(folder)!r} does not exist{near or '.'}")
 
 
 def _load_module(source: str, dtype: torch.dtype) -> nn.Module:
@@ -180,7 +187,7 @@ def _load_module(source: str, dtype: torch.dtype) -> nn.Module:
 
     if not _has_any(source, "config.json"):
         if Path(source).is_dir():
-            raise UnweaveError(f"the folder {source!r} is no model in Hugging Face layout: it has no config.json")
+            raise UnweaveError(f"the folder {source!r} is no model in Hugging Face layout: it has no config.json.")
         raise UnweaveError(f"there is no folder {source!r}, and {_not_on_the_hub(source)}")
     with _transformers(source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -195,11 +202,11 @@ def _load_module(source: str, dtype: torch.dtype) -> nn.Module:
         module.pooler = None  # its random weights would be no part of the model, and no activation depends on them
         missing.clear()
     if missing:
-        raise UnweaveError(f"the checkpoint {source!r} lacks {len(missing)} of its weights, such as {min(missing)!r}")
+        raise UnweaveError(f"the checkpoint {source!r} lacks {len(missing)} of its weights, such as {min(missing)!r}.")
     if info["mismatched_keys"]:
         key, stored, needed = min(info["mismatched_keys"])
         raise UnweaveError(
-            f"in the checkpoint {source!r}, {key!r} has shape {tuple(stored)}, but by its config.json {tuple(needed)}"
+            f"in the checkpoint {source!r}, {key!r} has shape {tuple(stored)}, but by its config.json {tuple(needed)}."
         )
     return module
 
@@ -232,7 +239,8 @@ def _is_causal(config: PretrainedConfig) -> bool:
 def _not_on_the_hub(source: str) -> str:
     """What to say of a name that is no folder, and that neither the Hub nor its cache has a model of."""
     away, cached = unreachable(), downloaded()
-    near = nearest(source, [*_SHIPPED, *cached, *(other.name for other in Path().iterdir() if other.is_dir())])
+    beside = (other.name for other in Path().iterdir() if other.is_dir() and not other.name.startswith("."))
+    near = nearest(source, [*_SHIPPED, *cached, *beside]) or nearest(source, _WELL_KNOWN, n=1, cutoff=0.7) or "."
     if away is None:
         return f"the Hugging Face Hub has no model of this name that may be read without another token{near}"
     has = f"has {', '.join(map(repr, cached))}" if cached else "is empty"
@@ -263,7 +271,7 @@ def _check_fit(tokenizer: PreTrainedTokenizerBase, module: nn.Module, name: str)
     rows = embedding().weight.shape[0]
     if largest >= rows:
         raise UnweaveError(
-            f"the tokenizer does not belong to the model {name!r}: it has the id {largest}, the embedding {rows} rows"
+            f"the tokenizer does not belong to the model {name!r}: it has the id {largest}, the embedding {rows} rows."
         )
 
 
@@ -283,7 +291,7 @@ def _usable(device: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise UnweaveError(f"the device {str(device)!r} cannot be used: {_first_line(error)}") from error
+        raise UnweaveError(f"the device {str(device)!r} cannot be used: {_first_line(error)}.") from error
 
 
 @contextmanager
@@ -302,7 +310,7 @@ def _transformers(source: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError) as error:
         if type(error.__cause__) is RepositoryNotFoundError:  # a gated one's is of a class below
             raise UnweaveError(f"there is no folder {source!r}, and {_not_on_the_hub(source)}") from error
-        raise UnweaveError(f"{source!r} could not be loaded: {_first_line(error)}") from error
+        raise UnweaveError(f"{source!r} could not be loaded: {_first_line(error)}.") from error
     finally:
         transformers_logging.set_tqdm_hook(bars)
         transformers_logging.set_verbosity(verbosity)

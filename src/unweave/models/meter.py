@@ -1,9 +1,11 @@
-"""The memory that computing something takes, counted from the tensors that it makes."""
+"""What computing something takes: memory, counted from the tensors that it makes, and time."""
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -31,13 +33,11 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        before = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+        before = {storage._cdata for storage in _storages((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
-                storage = tensor.untyped_storage()
-                if storage._cdata not in before and storage._cdata not in self._known:
-                    self._born(storage)
+        for storage in _storages(out):
+            if storage._cdata not in before and storage._cdata not in self._known:
+                self._born(storage)
         return out
 
     def _born(self, storage: torch.UntypedStorage) -> None:
@@ -49,3 +49,25 @@ class Meter(TorchDispatchMode):
 
     def _died(self, key: int) -> None:
         self.live -= self._known.pop(key, 0)
+
+
+def typical_seconds(run: Callable[[], Any], times: int = 3, seconds: float = 0.0) -> float:
+    """Median of the seconds that a call takes, the lower one of two: one slow moment of the machine counts for nothing.
+
+    Args:
+        run: What is called; it waits for what it has begun.
+        times: How often, at least.
+        seconds: How long, at least.
+    """
+    began, taken = time.perf_counter(), list[float]()
+    while len(taken) < times or time.perf_counter() - began < seconds:
+        started = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - started)
+    return median_low(taken)
+
+
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    """Of the tensors in a tree; opaque ones, such as packed weights, show none."""
+    tensors = (value for value in tree_iter(values) if isinstance(value, Tensor))
+    return (tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided)

@@ -13,14 +13,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unweave._errors import UnweaveError
 from unweave.models.hooks import Hook, capture
-from unweave.models.lean import make_lean
+from unweave.models.lean import make_lean, quicken
 from unweave.models.load import LoadedModel
 
 _SMALL = 256
+_ROUNDING = 0.05
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
@@ -51,6 +52,32 @@ def copy_in(model: LoadedModel, dtype: torch.dtype, hooks: Sequence[Hook], *args
     Raises:
         UnweaveError: The module cannot be copied.
     """
+    module = _copied(model, dtype, hooks, args, inputs)
+    make_lean(module)
+    if dtype != torch.bfloat16 or model.device.type != "cpu":
+        return replace(model, module=module)
+    expected = capture(module, hooks, *args, **inputs)
+    kept = {id(parameter) for parameter in model.module.parameters()}
+    try:
+        if not quicken(module, kept) or _close(capture(module, hooks, *args, **inputs), expected):
+            return replace(model, module=module)
+    except (AttributeError, RuntimeError, TypeError):
+        pass  # it does something else with its weights than to multiply with them
+    del module
+    module = _copied(model, dtype, hooks, args, inputs)
+    make_lean(module)
+    return replace(model, module=module)
+
+
+def _close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    """Whether activations agree up to the rounding of some layers in bf16."""
+    pairs = [(got[name].float(), x.float()) for name, x in expected.items()]
+    return all(bool((a - b).norm() <= _ROUNDING * b.norm()) for a, b in pairs)
+
+
+def _copied(
+    model: LoadedModel, dtype: torch.dtype, hooks: Sequence[Hook], args: tuple[Any, ...], inputs: dict[str, Any]
+) -> nn.Module:
     memo: dict[int, Any] = {}
     for name, parameter in _in_front_of(model.module, hooks, args, inputs):
         keeps = not parameter.is_floating_point() or _keeps_fp32(model.module, name)
@@ -59,13 +86,11 @@ def copy_in(model: LoadedModel, dtype: torch.dtype, hooks: Sequence[Hook], *args
     for parameter in model.module.parameters():
         memo.setdefault(id(parameter), parameter)
     try:
-        module = copy.deepcopy(model.module, memo)
+        return copy.deepcopy(model.module, memo)
     except (TypeError, RuntimeError, NotImplementedError) as error:
         raise UnweaveError(
             f"the model {model.name!r} cannot be copied into {str(dtype).removeprefix('torch.')}: {error}."
         ) from error
-    make_lean(module)
-    return replace(model, module=module)
 
 
 def copied_bytes(original: nn.Module, copied: nn.Module) -> int:
