@@ -25,7 +25,7 @@ import gpt2_small
 import measure
 import unweave as uw
 from unweave.models import LoadedModel
-from unweave.training.plan import size
+from unweave.training.buffers import size
 
 WIDTH, CONTEXT, VOCABULARY, BATCH = 1024, 128, 1000, 4096
 LIMIT = 1.2

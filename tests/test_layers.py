@@ -19,13 +19,13 @@ BASE = {"_errors", "_files", "_hub"}
 BELOW = {
     "_errors": set(),
     "_late": set(),
-    "_files": {"_errors"},
+    "_files": {"_errors", "_mapped"},
     "_hub": set(),
     "_mapped": {"_errors"},
     "kernels": {"_errors"},
     "sae": BASE | {"_late", "_mapped", "kernels"},
     "objectives": BASE | {"kernels", "sae"},
-    "models": BASE,
+    "models": BASE | {"kernels"},
     "activations": BASE | {"kernels", "models"},
     "training": BASE | {"kernels", "sae", "objectives", "models", "activations"},
     "evaluation": BASE | {"sae", "models", "activations"},
@@ -156,10 +156,15 @@ def dangers(source: str, layer: str) -> list[str]:
                 found.append("torch.load without weights_only=True")
             if keywords.get("allow_pickle", "False") != "False":
                 found.append("allow_pickle")
+            if call == "breakpoint" or call.endswith(".set_trace"):
+                found.append("a breakpoint")
+            if keywords.get("verify") == "False":
+                found.append("TLS that is not verified")
     return found
 
 
 def test_nothing_is_unpickled_or_printed() -> None:
+    """pitfall_238, pitfall_257: and no call leaves TLS unverified or stops in a debugger."""
     found = {module: dangers(source, layer_of(module)) for module, source in MODULES.items()}
     assert {module: what for module, what in found.items() if what} == {}
 
@@ -174,6 +179,9 @@ def test_nothing_is_unpickled_or_printed() -> None:
         "torch.load(f, weights_only=False)",
         "np.load(f, allow_pickle=True)",
         "print(1)",
+        "breakpoint()",
+        "pdb.set_trace()",
+        "httpx.get(url, verify=False)",
     ],
 )
 def test_a_danger_is_found(line: str) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,18 +37,36 @@ def _flush(file: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file at `path` as it is.
+    """Write a safetensors file at `path` as it is, byte for byte as the safetensors package does.
+
+    Nothing is copied: each tensor is written from where it lies. One that is not contiguous, or not in the CPU's
+    memory, is copied block by block, and tensors that share memory are written as if they did not.
 
     Raises:
         UnweaveError: If it could not be written, for want of space above all.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from unweave._mapped import DTYPES, blocks
 
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in names:
+            raise UnweaveError(f"{name} is of type {tensor.dtype}, which a safetensors file cannot hold.")
+    order = list(names)  # the widest first, so that each tensor is aligned to its own type
+    ordered = sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0]))
+    header, end = dict[str, Any](), 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
     try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # no OSError, though it is about one
-        raise UnweaveError(f"{str(path)!r} could not be written: {error}.") from error
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for _, tensor in ordered:
+                for block in blocks(tensor):
+                    file.write(block)
+    except OSError as error:
+        raise UnweaveError(f"{str(path)!r} could not be written: {error.strerror or error}.") from error
 
 
 @contextmanager
@@ -85,6 +104,31 @@ def remove_folder(path: str | Path) -> None:
         shutil.rmtree(retired, ignore_errors=True)
         os.replace(path, retired)
         shutil.rmtree(retired, ignore_errors=True)
+
+
+_LEFT = re.compile(r"\..+\.\d+\.tmp|\.DS_Store")
+"""What a killed process may have left, and what macOS puts into folders."""
+
+
+def refuse_foreign(folder: Path, names: Iterable[str], ours: re.Pattern[str]) -> None:
+    """Before files and folders of ours are replaced: refuse if what is called so, or lies in it, is somebody else's.
+
+    Args:
+        folder: What they lie in.
+        names: The files and folders that are to be replaced.
+        ours: Fits the names of the files that we write, and no others.
+
+    Raises:
+        UnweaveError: It names the first foreign file.
+    """
+    for name in names:
+        path = folder / name
+        files = sorted(path.rglob("*")) if path.is_dir() and not path.is_symlink() else [path]
+        for file in files:
+            known = ours.fullmatch(file.name) or _LEFT.fullmatch(file.name)
+            if file.is_symlink() or (file.is_file() and not known):
+                what = "is not of the run that is to be replaced: move it, or name another folder."
+                raise UnweaveError(f"{str(file)!r} {what}")
 
 
 def remove_leftovers(folder: Path, ours: Callable[[str], bool] = lambda name: True) -> None:

@@ -16,12 +16,18 @@ from unweave.activations.limits import free_memory
 from unweave.cli import main
 from unweave.kernels.scratch import _pool
 from unweave.models import Meter
+from unweave.objectives import AuxK
 from unweave.sae import TopK
 from unweave.training import SAEConfig, TrainConfig, train
-from unweave.training.plan import Buffer, _peak, duration, size
+from unweave.training.buffers import Buffer, peak, size
+from unweave.training.dense import auxk_bytes, auxk_gradients
+from unweave.training.fused import Fused
+from unweave.training.plan import duration
 from unweave.training.train import prepare
+from unweave.training.trainee import Trainee
 
 PLAN = sys.modules["unweave.training.plan"]
+BUFFERS = sys.modules["unweave.training.buffers"]
 
 
 @pytest.fixture
@@ -49,8 +55,10 @@ def test_numbers_of_a_plan(config, tiny_model, texts, monkeypatch):
     assert plan.buffer("ring") == 4096 * 16 * 4
     assert plan.buffer("model") >= sum(p.nbytes for p in tiny_model.module.parameters())
     weights = sum(2 * 16 * d + 16 + d for d in (64, 32))
-    assert 16 * weights < plan.buffer("weights, gradients and moments") < 30 * weights
-    assert plan.memory == {"cpu": _peak(plan.buffers, "cpu")}
+    assert 12 * weights < plan.buffer("weights, gradients and moments") < 30 * weights
+    assert plan.buffer("reused") > 4 * weights  # gradients, too
+    assert plan.buffer("step if half the latents die") > plan.buffer("step")
+    assert plan.memory == {"cpu": peak(plan.buffers, "cpu")}
     text = str(plan)
     assert "5,000 tokens in 40 steps" in text
     assert f"{plan.rows:,} rows in {plan.passes} passes of 256, in float32" in text
@@ -76,10 +84,11 @@ def test_pitfall_200_229_the_ring_is_as_large_as_the_plan_says(config, tiny_mode
 
 
 def test_the_peak_of_a_run_is_what_its_plan_says(texts, tiny_model):
-    """In tensors that PyTorch makes; benchmarks/memory.py measures the process."""
+    """In tensors that PyTorch makes; benchmarks/memory.py measures the process. AuxK takes more as latents die."""
+    sae = SAEConfig(2048, TopK(4), auxk=AuxK(coefficient=0))
     config = TrainConfig(
-        model="tiny", hooks=("resid_post.0",), saes=(SAEConfig(2048, TopK(4)),), tokens=40_000, batch_size=2048,
-        buffer=32_768, text=DataConfig(context=16, held_out=0.0),
+        model="tiny", hooks=("resid_post.0",), saes=(sae,), tokens=40_000, batch_size=2048, buffer=32_768,
+        text=DataConfig(context=16, held_out=0.0),
     )  # fmt: skip
     session = prepare(config, tiny_model, texts)
     plan = session.plan()
@@ -87,8 +96,22 @@ def test_the_peak_of_a_run_is_what_its_plan_says(texts, tiny_model):
     gc.collect()
     with Meter() as meter:
         train(config, model=tiny_model, data=texts, progress=False)
-    planned = plan.memory["cpu"] - plan.buffer("model")
+    planned = peak([b for b in plan.buffers if not b.present], "cpu")  # what steps reuse is there since it was planned
     assert planned / 1.2 < meter.peak < planned * 1.2
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize(("d", "dead"), [(64, 512), (64, 6000), (512, 1024)])
+def test_a_plan_knows_what_dead_latents_take(d, dead, low):
+    """In one chunk of rows, or several where there are many latents."""
+    trainee = Trainee(SAEConfig(2 * dead, TopK(4)), torch.randn(1024, d), steps=10, tokens=1000, seed=0)
+    if trainee.fused is None:
+        pytest.skip("steps go through autograd here")
+    residual = torch.randn(1024, d)
+    with torch.no_grad(), Meter() as meter:
+        auxk_gradients(trainee.sae, 1.0, residual, residual, torch.arange(dead), 32, low)
+    assert meter.peak / 1.2 < auxk_bytes(1024, d, dead, low) < meter.peak * 1.2
+    assert Fused(trainee.sae, trainee.config, k_aux=0).revival_bytes(1024, dead) == 0
 
 
 @pytest.mark.parametrize(
@@ -101,7 +124,7 @@ def test_the_peak_of_a_run_is_what_its_plan_says(texts, tiny_model):
 def test_what_cannot_fit_into_memory_is_refused_without_trying(
     config, tiny_model, texts, monkeypatch, changes, free, what
 ):
-    monkeypatch.setattr(PLAN, "free_memory", lambda device: free)
+    monkeypatch.setattr(BUFFERS, "free_memory", lambda device: free)
     monkeypatch.setattr(PLAN, "new_trainee", lambda *args, **kwargs: pytest.fail("it was tried"))
     with pytest.raises(UnweaveError, match="the run needs .* of memory on cpu, where 268 MB are free, .*" + what):
         train(replace(config, **changes), model=tiny_model, data=texts, progress=False)
@@ -119,8 +142,8 @@ def test_what_comes_one_after_the_other_counts_once():
         Buffer("a", 10, "cpu"), Buffer("b", 5, "cpu", lasting=False), Buffer("c", 7, "cpu", lasting=False),
         Buffer("d", 100, "cuda:0"),
     ]  # fmt: skip
-    assert _peak(buffers, "cpu") == 17
-    assert _peak(buffers, "cuda:0") == 100
+    assert peak(buffers, "cpu") == 17
+    assert peak(buffers, "cuda:0") == 100
 
 
 def test_the_command(config, tmp_path, capsys, monkeypatch):
@@ -130,7 +153,7 @@ def test_the_command(config, tmp_path, capsys, monkeypatch):
     assert "plan: 10,000 tokens in 20 steps, at h.1" in shown.replace("transformer.", "")
     assert "in float32" in shown
     assert not (tmp_path / "x").exists()
-    monkeypatch.setattr(PLAN, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(BUFFERS, "free_memory", lambda device: 1000)
     assert main([*arguments, "--out", str(tmp_path / "x")]) == 2
     assert "lower prompts_per_pass" in capsys.readouterr().err
 

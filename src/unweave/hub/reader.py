@@ -166,7 +166,7 @@ def describe_sae(path: str | Path, *, format: str | None = None, **hints: Any) -
         "d_in": sae.d_in,
         "d_out": sae.d_out,
         "d_sae": sae.d_sae,
-        "dtype": str(draft.tensors["W_dec"].dtype).removeprefix("torch."),
+        "dtype": str(draft.dtype).removeprefix("torch."),
         "activation": describe(sae.activation),
         "apply_b_dec_to_input": sae.apply_b_dec_to_input,
         "metadata": sae.metadata,

@@ -19,7 +19,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from unweave._errors import UnweaveError, nearest
+from unweave._errors import UnweaveError, nearest_beside
 from unweave._mapped import Mapping as Mapped
 from unweave._mapped import map_file, map_tensors, tensor_in
 from unweave.hub.torch_files import read_torch, start_of
@@ -45,8 +45,7 @@ class Source:
     def __init__(self, path: str | Path, hints: Mapping[str, Any] | None = None, *, shapes_only: bool = False) -> None:
         self.path, self.hints, self.shapes_only = Path(path), dict(hints or {}), shapes_only
         if not self.path.exists():
-            beside = [other.name for other in self.path.parent.iterdir()] if self.path.parent.is_dir() else []
-            raise UnweaveError(f"there is no file or folder {str(path)!r}{nearest(self.path.name, beside) or '.'}")
+            raise UnweaveError(f"there is no file or folder {str(path)!r}{nearest_beside(self.path) or '.'}")
         self.file = None if self.path.is_dir() else self.path.name
         self.folder = self.path if self.file is None else self.path.parent
 

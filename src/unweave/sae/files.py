@@ -20,7 +20,7 @@ from unweave._files import atomic_path, write_json, write_tensors
 from unweave.sae import temporal_files
 from unweave.sae.activation import describe
 from unweave.sae.activation_fns import AbsTopK, BatchTopK, Gated, TopK
-from unweave.sae.coder_files import KEYS, coder_config, name_of, to_file
+from unweave.sae.coder_files import KEYS, coder_config, name_of
 from unweave.sae.pursuit import MatchingPursuit, Pursuit
 from unweave.sae.sae import SAE
 from unweave.sae.temporal import TemporalSAE
@@ -74,12 +74,12 @@ def _common_config(sae: SAE, architecture: str) -> dict[str, Any]:
 
 
 def _weights(sae: SAE) -> dict[str, Tensor]:
-    stored = {name: tensor.cpu() for name, tensor in sae.state_dict().items() if name != "threshold"}
-    weights = {name: tensor.contiguous() for name, tensor in to_file(sae, stored).items()}
+    """What a file holds, as views of the SAE's own memory wherever it lies there."""
+    weights = {name: tensor for name, tensor in sae.state_dict().items() if name != "threshold"}
     if isinstance(sae.activation, Gated):
         weights["b_gate"] = weights.pop("b_enc")
     if sae.tied and not isinstance(sae.activation, Pursuit):
-        weights["W_enc"] = sae.W_enc.detach().cpu().contiguous()  # what other readers expect
+        weights["W_enc"] = sae.W_enc.detach()  # what other readers expect
     return weights
 
 

@@ -77,7 +77,7 @@ def write_model(model: SyntheticModel, folder: str | Path) -> Path:
     }
     folder = Path(folder)
     with atomic_path(folder / SYNTHETIC_MODEL_WEIGHTS_FILENAME) as path:
-        write_tensors(path, {k: t.detach().cpu().contiguous() for k, t in tensors.items() if t is not None})
+        write_tensors(path, {k: t for k, t in tensors.items() if t is not None})
     if hierarchy is not None:
         write_json(folder / SYNTHETIC_MODEL_HIERARCHY_FILENAME, hierarchy.to_dict())
     else:  # a model that was here before may have had one

@@ -183,6 +183,9 @@ class SyntheticSAERunner:
             raise UnweaveError(f"the output {str(out)!r} is a file; name a folder.")
         if out.is_dir() and any(out.iterdir()) and not overwrite:
             raise UnweaveError(f"the folder {str(out)!r} is not empty; pass resume=True or overwrite=True.")
+        taken = [name for name in (*_FOLDERS, *_FILES) if (out / name).exists()]
+        if taken and not (out / RUNNER_CONFIG_FILENAME).exists():
+            raise UnweaveError(f"{str(out / taken[0])!r} is not of a run that is to be replaced: name another folder.")
         for name in _FOLDERS:
             shutil.rmtree(out / name, ignore_errors=True)
         for name in _FILES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -14,9 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unweave._errors import UnweaveError
-from unweave._files import atomic_path, write_json
+from unweave._files import atomic_path, refuse_foreign, write_json
 from unweave.sae import SAE
 from unweave.synthetic.figures import save_figure
+from unweave.synthetic.files import MODEL_FILES, SYNTHETIC_MODEL_WEIGHTS_FILENAME
 from unweave.synthetic.model import SyntheticModel
 from unweave.synthetic.plots import Bar, plot_recovery, plot_sae_feature_similarity, plot_similarity_across_saes
 from unweave.synthetic.scores import SyntheticDataEvalResult, eval_sae_on_synthetic_data
@@ -27,6 +29,7 @@ from unweave.synthetic.world_plots import plot_firing_correlations, plot_firing_
 from unweave.synthetic.worlds import World
 from unweave.training.config import SAEConfig
 from unweave.training.finish import save_finished
+from unweave.training.run_folder import OURS
 from unweave.training.trainer import Run, fit
 
 ALL_PAIRS = 20_000
@@ -36,6 +39,9 @@ SHOWN_LATENTS = 4096
 """Latents and features up to which a similarity heat map still has something to show."""
 SCALE = 2.0
 FOLDERS, FILES = ("model", "pictures", "saes"), ("metrics.jsonl", "results.json")
+_DRAWN = r"(firing_rates|correlations|superposition|recovery|similarity(_\d+_\w+)?)\.(png|svg)"
+_OURS = re.compile("|".join([*map(re.escape, MODEL_FILES), _DRAWN, OURS.pattern]))
+"""Files in the folders."""
 
 
 @dataclass(eq=False)
@@ -121,8 +127,18 @@ def check_out(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UnweaveError(f"the folder {str(out)!r} is not empty; pass --overwrite to replace the study in it.")
-    if not any((out / name).exists() for name in (*FOLDERS, *FILES)):
+    if not _is_study(out):
         raise UnweaveError(f"the folder {str(out)!r} holds something that is no study of a world; name another one.")
+    refuse_foreign(out, FOLDERS, _OURS)
+
+
+def _is_study(out: Path) -> bool:
+    """Whether a folder holds a finished study, or what a killed one had written of it."""
+    try:
+        results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return (out / "model" / SYNTHETIC_MODEL_WEIGHTS_FILENAME).is_file()  # the first thing that is written
+    return isinstance(results, dict) and {"world", "statistics"} <= results.keys()
 
 
 def superposition_of(model: SyntheticModel, rates: Float[Tensor, " features"]) -> SuperpositionStats:
@@ -251,7 +267,8 @@ class StudyPlan:
     sae_bytes: float
 
     def __str__(self) -> str:
-        from unweave.training.plan import duration, size
+        from unweave.training.buffers import size
+        from unweave.training.plan import duration
 
         world = self.world
         lines = [

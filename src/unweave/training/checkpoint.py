@@ -23,10 +23,7 @@ _TENSOR = "$tensor"
 
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        tensor = value.detach().cpu().contiguous()
-        # Two states may share storage (a decoder and a view of it); a file keeps each tensor by itself.
-        shared = any(tensor.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in tensors.values())
-        tensors[name] = tensor.clone() if shared else tensor
+        tensors[name] = value
         return {_TENSOR: name}
     if isinstance(value, dict):
         return {k: _flatten(v, f"{name}/{k}", tensors) for k, v in value.items()}

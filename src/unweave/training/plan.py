@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from unweave._errors import UnweaveError
 from unweave.activations import ActivationStream, StreamCost
-from unweave.activations.limits import free_disk, free_memory
+from unweave.activations.limits import free_disk
+from unweave.kernels.scratch import scratch_bytes
 from unweave.models import Meter
+from unweave.models.meter import typical_seconds
+from unweave.training.buffers import Buffer, check_memory, peak, size
 from unweave.training.config import TrainConfig
 from unweave.training.harvest import runs_ahead
 from unweave.training.sites import Site
+from unweave.training.trainee import Trainee
 from unweave.training.trainees import MakeTrainee, new_trainee
 
 CALIBRATION_TOKENS = 32_768
@@ -24,30 +28,6 @@ CALIBRATION_TOKENS = 32_768
 
 _AHEAD = 3
 """Passes that a background stream holds: two that are ready, and the one that is being made."""
-_SLACK = 0.95
-"""Share of what is free that a run may ask for."""
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """Something that takes memory.
-
-    Attributes:
-        name: What it is.
-        bytes: How much.
-        device: Where.
-        lasting: Whether it is held during all of the run. Of the others only the largest counts on a device, since one
-            comes after the other.
-        present: Whether it has been allocated already.
-        lower: Which setting makes it smaller.
-    """
-
-    name: str
-    bytes: int
-    device: str
-    lasting: bool = True
-    present: bool = False
-    lower: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +47,7 @@ class Plan:
         harvest_rate: Unmasked tokens per second that the model alone would give.
         step_seconds: Time of one optimiser step of all SAEs.
         kept: Share of the tokens that the masks leave.
+        once: Tokens to train on that the data give when they are read once; None if that is not known beforehand.
         buffers: What takes memory, and how much.
         disk_bytes: The most that the run's folder will hold: checkpoints and finished SAEs.
         out: The run's folder.
@@ -84,6 +65,7 @@ class Plan:
     harvest_rate: float
     step_seconds: float
     kept: float
+    once: float | None = None
     buffers: list[Buffer] = field(default_factory=list)
     disk_bytes: int = 0
     out: str | None = None
@@ -97,7 +79,7 @@ class Plan:
     @property
     def memory(self) -> dict[str, int]:
         """Bytes at the run's peak, by device."""
-        return {device: _peak(self.buffers, device) for device in dict.fromkeys(b.device for b in self.buffers)}
+        return {device: peak(self.buffers, device) for device in dict.fromkeys(b.device for b in self.buffers)}
 
     def buffer(self, name: str) -> int:
         """Bytes of one of the buffers."""
@@ -110,7 +92,7 @@ class Plan:
             UnweaveError: Memory or disk will not suffice; the sentence says which setting to lower.
         """
         for device in self.memory:
-            _check_memory(self.buffers, device)
+            check_memory(self.buffers, device)
         if self.out is not None and self.disk_bytes > (free := free_disk(self.out)):
             raise UnweaveError(
                 f"the run needs {size(self.disk_bytes)} on disk for checkpoints and SAEs, and {str(self.out)!r} has "
@@ -135,6 +117,8 @@ class Plan:
             f"{source} gives {self.harvest_rate:,.0f} tokens/s, a step takes {self.step_seconds * 1000:.0f} ms: "
             f"{self.tokens / self.seconds:,.0f} tokens/s, about {duration(self.seconds)}",
         ]
+        if self.passes and (said := repeats(self.tokens, self.once)):
+            lines.insert(-1, said)
         for device, total in self.memory.items():
             parts = [b for b in self.buffers if b.device == device and b.bytes]
             lasting = ", ".join(f"{b.name} {size(b.bytes)}" for b in parts if b.lasting)
@@ -228,9 +212,9 @@ def with_steps(
     at, per_token = str(device), sum(cost.bytes_per_token.values())
     wanted = [(sae, site) for sae, places in zip(config.saes, sites, strict=True) for site in places]
     least = [16 * sae.d_sae * sum(sum(w.values()) for w in site.widths_of(cost.widths)) for sae, site in wanted]
-    _check_memory([*buffers, Buffer("weights, gradients and moments", sum(least), at, lower="d_sae")], at)
+    check_memory([*buffers, Buffer("weights, gradients and moments", sum(least), at, lower="d_sae")], at)
     steps, step_seconds, lasting, step, start = -(-config.tokens // config.batch_size), 0.0, 0, 0, 0
-    weights = 0
+    weights, reviving, reused = 0, 0, scratch_bytes()
     for sae, site in wanted:
         n = min(CALIBRATION_TOKENS, config.ring_size)
         dtypes = {name: cost.dtypes[name] for name in cost.widths}
@@ -240,24 +224,27 @@ def with_steps(
         batch = {name: x[: config.batch_size] for name, x in sample.items()}
         with Meter() as first:
             trainee.step(*site.rows(batch))
-        held = building.live + first.live
+        held, reused = building.live + first.live - (scratch_bytes() - reused), scratch_bytes()
         with Meter() as second:
             trainee.step(*site.rows(batch))
-        started = time.perf_counter()
-        trainee.step(*site.rows(batch)).loss.item()
-        step_seconds += time.perf_counter() - started
+        step_seconds += typical_seconds(partial(step_once, trainee, site, batch))
         start = max(start, n * per_token + building.peak - building.live)
         step = max(step, first.peak - first.live, second.peak)
+        if trainee.fused is not None and (more := trainee.fused.revival_bytes(config.batch_size, sae.d_sae // 2)):
+            reviving = max(reviving, second.peak + more)
         lasting += held
-        weights += sum(p.nbytes for p in trainee.sae.parameters())
+        weights = max(weights, sum(p.nbytes for p in trainee.sae.parameters()))
         del trainee, sample, batch
     buffers += [
         Buffer("weights, gradients and moments", lasting, at, lower="d_sae"),
         Buffer("step", step, at, lasting=False, lower="batch_size"),
+        Buffer("step if half the latents die", reviving, at, lasting=False, lower="d_sae"),
         Buffer("start", start, at, lasting=False),
-        # The finished SAEs are copies, and what lies transposed in memory is written from one.
-        Buffer("saving", (1 if config.out is None else 2) * weights, at, lasting=False),
+        # A finished SAE is a copy, and what it was copied from goes, with its moments, before the next one is made.
+        Buffer("saving", weights, at, lasting=False),
     ]
+    if device.type == "cpu":  # all SAEs use the same memory in their steps, and it stays when a run has ended
+        buffers.append(Buffer("reused", reused, at, present=True, lower="d_sae"))
     checkpoint = (config.ring_size * per_token if ring_bytes is None else ring_bytes) + lasting
     return Plan(
         tokens=config.tokens,
@@ -278,26 +265,19 @@ def with_steps(
     )
 
 
+def step_once(trainee: Trainee, site: Site, batch: dict[str, torch.Tensor]) -> None:
+    trainee.step(*site.rows(batch)).loss.item()  # which waits for the device
+
+
 def _size_of(module: torch.nn.Module) -> int:
     return sum(p.nbytes for p in module.parameters()) + sum(b.nbytes for b in module.buffers())
 
 
-def _peak(buffers: Sequence[Buffer], device: str) -> int:
-    here = [b for b in buffers if b.device == device]
-    return sum(b.bytes for b in here if b.lasting) + max((b.bytes for b in here if not b.lasting), default=0)
-
-
-def _check_memory(buffers: Sequence[Buffer], device: str) -> None:
-    """Refuse buffers that do not fit into what is free beside what has been allocated already."""
-    new = [b for b in buffers if not b.present]
-    needed, free = _peak(new, device), free_memory(device)
-    if needed <= _SLACK * free:
-        return
-    largest = max((b for b in new if b.device == device and b.lower), key=lambda b: b.bytes)
-    raise UnweaveError(
-        f"the run needs {size(needed)} of memory on {device}, where {size(free)} are free, {size(largest.bytes)} of it "
-        f"for the {largest.name}: lower {largest.lower}."
-    )
+def repeats(tokens: int, once: float | None) -> str | None:
+    """That the data begin again in a run, and how often they are read; None if once is enough, or it is not known."""
+    if not once or tokens <= once:
+        return None
+    return f"the training data end after {once:,.0f} tokens and begin again: they are read {tokens / once:,.1f} times"
 
 
 def duration(seconds: float) -> str:
@@ -305,12 +285,3 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def size(n: float) -> str:
-    """Bytes as people say them."""
-    for unit in ("B", "kB", "MB"):
-        if n < 999.5:
-            return f"{n:.0f} {unit}"
-        n /= 1000
-    return f"{n:.1f} GB" if n < 999.5 else f"{n / 1000:.1f} TB"
