@@ -169,6 +169,7 @@ def test_sparsify_that_is_not_understood(keys: dict[str, Any], message: str, tmp
 
 
 def test_classes_that_are_not_known_or_not_said(tmp_path: Path) -> None:
+    """pitfall_197"""
     with pytest.raises(UnweaveError, match="'AutoEncoderTopk'; did you mean 'AutoEncoderTopK'"):
         read_sae(dictionary(tmp_path / "a", linear(), dict_class="AutoEncoderTopk"))
     tensors = linear()
@@ -217,7 +218,9 @@ def test_openai_activations_that_no_sae_has(activation: str, tmp_path: Path) -> 
         ({"act_fn": "prolu"}, {}, "act_fn 'prolu', which is none of"),
         ({"norm_activation": "batch-wise"}, {}, "batch-wise"),
         ({"norm_activation": "dataset-wise"}, {}, r"no dataset_average_activation_norm\.a"),
-        ({}, {"W_E_glu": torch.ones(D, M)}, "GLU"),
+        ({}, {"W_E_glu": torch.ones(D, M)}, "lacks the tensor 'b_E_glu'"),
+        ({"sae_type": "crosscoder"}, {"W_E_glu": torch.ones(D, M)}, "GLU.*no crosscoder here computes"),
+        ({"sae_type": "clt"}, {"W_E_glu": torch.ones(D, M)}, "GLU.*no clt here computes"),
         ({"sae_type": "crosscoder", "sparsity_include_decoder_norm": True, "act_fn": "jumprelu"}, {}, "head by head"),
         ({"sae_type": "clt", "act_fn": "topk", "top_k": 2}, {}, "over all layers together"),
     ],
@@ -294,6 +297,7 @@ def test_a_clt_in_pieces(tmp_path: Path) -> None:
      (1, None, None), (3, {"cls": "Relu", "params": {}}, None)],
 )  # fmt: skip
 def test_saev_of_the_day_of_the_change(schema: int, activation: Any, says: str | None, tmp_path: Path) -> None:
+    """pitfall_141"""
     path = write_saev(tmp_path)
     config = {"d_vit": D} | ({} if activation is None else {"activation": activation})
     header = json.dumps({"schema": schema, "cfg": config, "cls": "Relu"}).encode()
@@ -308,6 +312,7 @@ def test_saev_of_the_day_of_the_change(schema: int, activation: Any, says: str |
 
 
 def test_saev_of_before_august_2025_needs_what_no_file_has(tmp_path: Path) -> None:
+    """pitfall_142, pitfall_187"""
     path = write_saev(tmp_path)
     body = path.read_bytes().split(b"\n", 1)[1]
     path.write_bytes(b'{"d_vit": 6, "seed": 0}\n' + body)
@@ -377,11 +382,30 @@ def test_orientation_follows_from_the_table(square: bool) -> None:
 def test_a_config_with_holes_or_other_values(
     read: Any, name: str, config: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
+    """pitfall_272"""
     tensors = {"W_E": torch.randn(6, 10), "b_E": torch.randn(10), "W_D": torch.randn(10, 6), "b_D": torch.randn(6)}
     save_file(tensors, tmp_path / name)
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnweaveError, match=message):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["d_model", "act_fn", "norm_activation", "dataset_average_activation_norm"])
+def test_llama_scope_without_what_its_scale_follows_from(key: str, tmp_path: Path) -> None:
+    """pitfall_132, pitfall_272: whether inputs were scaled, and by what, is not guessed."""
+    config = {
+        "d_model": 6, "d_sae": 10, "act_fn": "jumprelu", "jump_relu_threshold": 0.5, "norm_activation": "dataset-wise",
+        "dataset_average_activation_norm": {"in": 2.0, "out": 2.0}, "hook_point_in": "blocks.3.hook_resid_post",
+        "hook_point_out": "blocks.3.hook_resid_post",
+    }  # fmt: skip
+    weights = {"encoder.weight": torch.randn(10, 6), "encoder.bias": torch.ones(10), "decoder.weight": torch.ones(6, M)}
+    save_file(weights, tmp_path / "final.safetensors")
+    (tmp_path / "hyperparams.json").write_text(json.dumps(config))
+    assert read_sae(tmp_path).d_sae == 10
+    del config[key]
+    (tmp_path / "hyperparams.json").write_text(json.dumps(config))
+    with pytest.raises(UnweaveError, match=key):
+        read_sae(tmp_path)
 
 
 def test_metadata_and_hints_of_another_kind(tmp_path: Path) -> None:

@@ -60,10 +60,8 @@ def transcoder(activation: Activation, *, skip: bool = False, d_out: int = D, **
 
 def cross_layer(activation: Activation, *, skip: bool = False, d_out: int = D, **metadata: Any) -> CrossLayerTranscoder:
     reads, writes = ({f"blocks.{i}.{hook}": n for i in range(3)} for hook, n in (("in", D), ("out", d_out)))
-    made = randomise(CrossLayerTranscoder(reads, writes, M // 3, activation, skip=skip, metadata=metadata))
-    with torch.no_grad():
-        made._clear(made.W_dec)
-    return made  # type: ignore[no-any-return]
+    made = CrossLayerTranscoder(reads, writes, M // 3, activation, skip=skip, metadata=metadata)
+    return randomise(made)  # type: ignore[no-any-return]
 
 
 EXPRESSIBLE = {

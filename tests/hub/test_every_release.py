@@ -77,6 +77,7 @@ def in_the_repository(made: Path, path: str, *, is_file: bool) -> dict[str, byte
 
 @pytest.mark.parametrize("case", RELEASES)
 def test_a_release_loads_with_its_authors_numbers(hub: Any, tmp_path: Path, case: str) -> None:
+    """pitfall_275"""
     name, told = RELEASES[case]
     release = directory()[name]
     published = release.saes[0]

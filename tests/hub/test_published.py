@@ -133,6 +133,7 @@ def named(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> dict[st
 
 @case("saelens_legacy")
 def saelens_legacy_standard_with_a_factor(folder: Path) -> Published:
+    """pitfall_193: the factor goes into the rows of W_dec."""
     (W_enc, b_enc, W_dec, b_dec), x, factor = parts(), inputs(), torch.linspace(0.5, 2, M)
     codes = ((x - b_dec) @ W_enc + b_enc).relu()
     legacy(folder, named(W_enc, b_enc, W_dec, b_dec) | {"scaling_factor": factor})
@@ -141,7 +142,7 @@ def saelens_legacy_standard_with_a_factor(folder: Path) -> Published:
 
 @case("saelens_legacy")
 def saelens_legacy_oldest_keys(folder: Path) -> Published:
-    """No architecture, old names, no `apply_b_dec_to_input`, a scaling factor of ones."""
+    """pitfall_141, pitfall_193: no architecture, old names, no `apply_b_dec_to_input`, a scaling factor of ones."""
     (W_enc, b_enc, W_dec, b_dec), x = parts(), inputs()
     codes = ((x - b_dec) @ W_enc + b_enc).relu()
     absent = dict.fromkeys(("architecture", "hook_name", "activation_fn_str", "apply_b_dec_to_input"), "absent")
@@ -243,6 +244,7 @@ def npz(path: Path, tensors: dict[str, Tensor], *, compressed: bool = False) -> 
 
 @case("gemma_scope")
 def gemma_scope_residual(folder: Path) -> Published:
+    """pitfall_267: a threshold in the units of the weights."""
     (W_enc, b_enc, W_dec, b_dec), x, theta = parts(), inputs(), torch.linspace(-0.2, 0.6, M)
     h = x @ W_enc + b_enc
     codes = h.relu() * (h > theta)
@@ -263,7 +265,7 @@ def gemma_scope_older_names_compressed_and_in_fortran_order(folder: Path) -> Pub
 
 @case("gemma_scope")
 def gemma_scope_embedding(folder: Path) -> Published:
-    """Trained on embeddings before Gemma's factor, used after it."""
+    """pitfall_147: trained on embeddings before Gemma's factor, used after it."""
     (W_enc, b_enc, W_dec, b_dec), embedding, theta = parts(), inputs(), torch.linspace(0, 0.6, M)
     h = embedding @ W_enc + b_enc
     codes = h.relu() * (h > theta)
@@ -298,7 +300,7 @@ def gemma_scope_2_residual_without_config(folder: Path) -> Published:
 
 @case("gemma_scope_2")
 def gemma_scope_2_affine_transcoder(folder: Path) -> Published:
-    """The skip is used as stored, (d_in, d_out), and is not symmetric."""
+    """pitfall_264: the skip is used as stored, (d_in, d_out), and is not symmetric."""
     (W_enc, b_enc, W_dec, b_dec), x, theta, skip = parts(), inputs(), torch.linspace(0, 0.6, M), normal(D, D)
     h = x @ W_enc + b_enc
     codes = h.relu() * (h > theta)
@@ -313,7 +315,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*31 July 2025")  # of saev's sc
 
 
 def clt(targets: Callable[[int], int], *, skip: bool = False) -> tuple[list[dict[str, Tensor]], Tensor, Tensor, Tensor]:
-    """Layers as Gemma Scope 2 has them, and what they give; decoders to earlier layers are there but mean nothing."""
+    """pitfall_265, 266: layers as Gemma Scope 2 has them, and what they give; decoders to earlier ones mean nothing."""
     x, layers, codes = normal(N, LAYERS * D), [], []
     for i in range(LAYERS):
         W_enc, b_enc, _, b_dec = parts()
@@ -489,6 +491,7 @@ def sparsify_sae(folder: Path) -> Published:
 
 @case("sparsify")
 def sparsify_transcoder_with_skip(folder: Path) -> Published:
+    """pitfall_264"""
     (W_enc, b_enc, W_dec, b_dec), x, skip = parts(), inputs(), normal(D, D)
     codes = topk((x @ W_enc + b_enc).relu(), 4)
     path = sparsify(folder, (W_enc, b_enc, W_dec, b_dec), skip, transcode=True)
@@ -560,7 +563,7 @@ def saev(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Path
 
 @case("saev")
 def saev_without_schema(folder: Path) -> Published:
-    """Trained on (x - mean) / scale, minus the decoder's bias."""
+    """pitfall_141, pitfall_188, pitfall_189: trained on (x - mean) / scale, minus the decoder's bias."""
     (W_enc, b_enc, W_dec, b_dec), x, mean, scale = parts(), 3 * inputs(), normal(D), 3.0
     codes = ((((x - mean) / scale) - b_dec) @ W_enc + b_enc).relu()
     header = {"d_vit": D, "exp_factor": M / D, "n_reinit_samples": 0, "normalize_w_dec": True, "seed": 1}
@@ -607,7 +610,7 @@ def saev_schema_5_batchtopk(folder: Path) -> Published:
 
 @case("llama_scope")
 def llama_scope(folder: Path) -> Published:
-    """As trained: scaled inputs, codes compared with the one threshold after all folds."""
+    """pitfall_267: as trained: scaled inputs, codes compared with the one threshold after all folds."""
     (W_enc, b_enc, W_dec, b_dec), x, theta = parts(), 5 * inputs(), 0.8
     averages = {"in": 20.0, "out": 20.0}
     s = D**0.5 / averages["in"]
@@ -654,6 +657,7 @@ def llama_scope_transcoder(folder: Path) -> Published:
 
 @case("llama_scope_r1_distill")
 def llama_scope_r1(folder: Path) -> Published:
+    """pitfall_267: logarithms of thresholds, of scaled inputs."""
     (W_enc, b_enc, W_dec, b_dec), x, s, log_theta = parts(), 5 * inputs(), 0.3, torch.linspace(-3, -0.5, M)
     h = s * x @ W_enc + b_enc
     codes = h * (h > log_theta.exp())
@@ -729,6 +733,44 @@ def llamascopium_normalised_tokens_and_no_bias(folder: Path) -> Published:
     return Published(folder, x, codes, codes @ W_dec * norm)
 
 
+def gate(f: float = 1.0) -> tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]:
+    """A gated linear unit: its tensors, and what it multiplies the pre-activations of an input by."""
+    W, b = normal(D, M) / 2, normal(M)
+    return {"W_E_glu": W, "b_E_glu": b}, lambda x: 1 / (1 + (-(f * x @ W + b)).exp())
+
+
+@case("llamascopium")
+def llamascopium_glu_jumprelu_scaled(folder: Path) -> Published:
+    """Decoder norms weigh pre-activations behind the gate, and the scale of inputs goes into both factors."""
+    (W_enc, b_enc, W_dec, b_dec), x, log_theta, average = parts(), 5 * inputs(), torch.linspace(-3, -1, M), 20.0
+    f = D**0.5 / average
+    glu, opened = gate(f)
+    h = (f * x @ W_enc + b_enc) * opened(x)
+    trained = h * (h * W_dec.norm(dim=1) > log_theta.exp())
+    tensors = moss_names(W_enc, b_enc, W_dec, b_dec) | glu | {THETA: log_theta}
+    tensors |= {"dataset_average_activation_norm.a": torch.tensor(average)}
+    moss(folder, tensors, norm_activation="dataset-wise", use_glu_encoder=True)
+    return Published(folder, x, trained / f, (trained @ W_dec + b_dec) / f)
+
+
+@case("llamascopium")
+def llamascopium_glu_topk_by_norms(folder: Path) -> Published:
+    (W_enc, b_enc, W_dec, b_dec), x, (glu, opened) = parts(), inputs(), gate()
+    norms = W_dec.norm(dim=1)
+    ranked = topk(((x @ W_enc + b_enc) * opened(x) * norms).relu(), 5)
+    moss(folder, moss_names(W_enc, b_enc, W_dec, b_dec) | glu, act_fn="topk", top_k=5, use_glu_encoder=True)
+    return Published(folder, x, ranked, ranked / norms @ W_dec + b_dec)
+
+
+@case("llamascopium")
+def llamascopium_glu_transcoder(folder: Path) -> Published:
+    (W_enc, b_enc, W_dec, b_dec), x, (glu, opened) = parts(), inputs(), gate()
+    codes = ((x @ W_enc + b_enc) * opened(x)).relu()
+    tensors = moss_names(W_enc, b_enc, W_dec, b_dec) | glu
+    moss(folder, tensors, act_fn="relu", hook_point_out="b", use_glu_encoder=True)
+    return Published(folder, x, codes, codes @ W_dec + b_dec, kind=Transcoder)
+
+
 @case("llamascopium")
 def llamascopium_crosscoder(folder: Path) -> Published:
     return moss_crosscoder(folder, biased=True)
@@ -762,7 +804,7 @@ def moss_crosscoder(folder: Path, *, biased: bool) -> Published:
 
 @case("llamascopium")
 def llamascopium_clt(folder: Path) -> Published:
-    """Decoders are grouped by the output that they write to."""
+    """pitfall_265: decoders are grouped by the output that they write to."""
     return moss_clt(folder, biased=True)
 
 
@@ -916,7 +958,7 @@ def temporal(folder: Path) -> Published:
 
 @case("circuit_tracer")
 def mwhanna_transcoder(folder: Path) -> Published:
-    """With the side file that is misspelt in the wild."""
+    """pitfall_273: with the side file that is misspelt in the wild."""
     (W_enc, b_enc, W_dec, b_dec), x = parts(), inputs()
     codes = (x @ W_enc + b_enc).relu()
     path = safe(folder / "layer_5.safetensors", named(W_enc.T, b_enc, W_dec, b_dec))
@@ -996,6 +1038,7 @@ def assert_same(sae: SAE, expected: Published) -> None:
 
 
 def test_codes_and_outputs_are_the_authors(published: tuple[str, Published], tmp_path: Path) -> None:
+    """pitfall_198, pitfall_275: each file comes with the numbers that its authors' code gives."""
     format_name, expected = published
     sae = SAE.from_pretrained(expected.path, **expected.hints)
     assert type(sae) is expected.kind
@@ -1009,6 +1052,8 @@ def refusal(sae: SAE, to: str) -> str | None:
     kind, name = type(sae), type(sae.activation).__name__
     if to == "saelens":  # our own layout, too
         return None
+    if sae.glu:
+        return "has no form for pre-activations that a gated linear unit multiplies"
     layered = to == "circuit_tracer" and kind is CrossLayerTranscoder
     predicts = to in ("sparsify", "circuit_tracer")
     if kind is not SAE and not layered and not (kind is Transcoder and predicts):
@@ -1037,7 +1082,7 @@ def assert_same_as(to: str, source: Path, expected: Published, folder: Path) -> 
 
 
 def test_they_survive_every_format_that_can_express_them(published: tuple[str, Published], tmp_path: Path) -> None:
-    """Read, save, load, convert, load: and still the authors' codes and outputs."""
+    """pitfall_192: read, save, load, convert, load: and still the authors' codes and outputs."""
     format_name, expected = published
     ours = read_sae(expected.path, **expected.hints).save(tmp_path / "ours")
     survived = {to for to in WRITERS if assert_same_as(to, ours, expected, tmp_path / to)}

@@ -80,6 +80,7 @@ def test_everything_that_belongs_to_an_sae_arrives(hub: Any, report: Report, tmp
 
 
 def test_the_page_has_what_the_hub_and_others_go_by(hub: Any, report: Report) -> None:
+    """pitfall_369: base model, licence and metrics are on the card."""
     an_sae().push_to_hub(REPO, report=report, license="mit")
     keys, text = card(hub)
     assert keys["library_name"] == "saelens"
@@ -265,6 +266,7 @@ def test_without_the_right_to_write(hub: Any, without_token: None) -> None:
 
 
 def test_private_is_private(hub: Any) -> None:
+    """pitfall_370: the request has the flag."""
     an_sae().push_to_hub(REPO, private=True)
     assert hub.repos["model", REPO].private
     an_sae(hook="h.2").push_to_hub(REPO, private=True)

@@ -81,7 +81,8 @@ def test_a_repository_and_the_nearest_known_one(away: Callable[[], str]) -> None
 def test_a_model(away: Callable[[], str], tmp_path: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     address = away()
     monkeypatch.chdir(tmp_path)
-    for name, near in (("nosuch", ""), ("dema", r"; did you mean 'demo' or 'demo-vit'\?")):
+    hints = {"nosuch": r"\.", "dema": r"; did you mean 'demo' or 'demo-vit'\?", "gpt3": r"; did you mean 'gpt2'\?"}
+    for name, near in hints.items():
         with pytest.raises(
             UnweaveError,
             match=rf"^there is no folder '{name}', and the Hugging Face Hub cannot be reached at {address} \(.*\), "

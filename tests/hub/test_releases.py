@@ -13,6 +13,7 @@ from unweave.hub.published import PACKED, checksum, directory, find, unpack
 
 
 def test_it_holds_the_facts_of_its_source() -> None:
+    """pitfall_274: no release vanishes unnoticed."""
     facts = unpack()
     assert checksum(facts) == "873a0ece627c73433fc4b0c4c15674a7f1c8dfdeff4ee0661e3e8631101b9f89"
     assert (len(facts), sum(len(r["saes"]) for r in facts.values())) == (170, 13_857)

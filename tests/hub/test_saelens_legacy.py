@@ -32,6 +32,7 @@ SCALED = {"normalize_activations": "expected_average_only_in"}
 
 
 def test_a_factor_in_no_file_is_asked_for(tmp_path: Path) -> None:
+    """pitfall_132, pitfall_272"""
     folder = legacy(tmp_path / "1000", **SCALED)
     with pytest.raises(UnweaveError, match="pass norm_scaling_factor="):
         read_sae(folder)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +62,23 @@ def test_values_are_those_that_were_saved(name: str, tmp_path: Path) -> None:
         assert not any(is_own(found[key]) for key in ("rows", "vector", "number"))  # they are the file's
 
 
+def test_reading_takes_no_memory_until_values_are_looked_at(tmp_path: Path) -> None:
+    """pitfall_277: of a file of 16 MB nothing becomes resident."""
+    torch.save({"W_enc": torch.ones(1 << 11, 1 << 11)}, tmp_path / "a.pt")
+    save_file({"W_enc": torch.ones(1 << 11, 1 << 11)}, tmp_path / "a.safetensors")
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    for name in ("a.pt", "a.safetensors"):
+        source = Source(tmp_path / name)
+        before = resident()
+        tensors = source.torch(name) if name.endswith(".pt") else source.tensors(name)
+        assert tensors["W_enc"].shape == (1 << 11, 1 << 11)
+        assert resident() - before < 4 << 20
+        assert tensors["W_enc"][-1, -1] == 1
+
+
 def test_of_matrices_only_the_shapes(tmp_path: Path) -> None:
     write(tmp_path, "a.pt", tensors())
     found = Source(tmp_path, shapes_only=True).tensors("a.pt")
@@ -78,6 +98,26 @@ def test_one_value_that_is_not_finite_is_found(bad: float, turned: bool) -> None
     assert made.is_contiguous()
     large[999, 298] = bad
     assert not own(large.T if turned else large, torch.float32)[1]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("turned", [False, True])
+def test_several_threads_fill_an_ordinary_tensor(
+    mode: Callable[[], AbstractContextManager[None]], turned: bool
+) -> None:
+    """pitfall: the mode in which PyTorch runs is a thread's own."""
+    matrix = torch.randn(1100, 4100, requires_grad=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with mode():
+            made, finite = own(matrix.T if turned else matrix, torch.float32)
+    finally:
+        torch.set_num_threads(threads)
+    assert finite
+    assert made.is_leaf
+    assert not made.requires_grad
+    assert torch.equal(made, matrix.T if turned else matrix)
 
 
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16])

@@ -35,6 +35,19 @@ def test_hand_computed():
     assert Contrastive().coefficient_for(768) == pytest.approx(76.8)
 
 
+def test_the_similarity_that_is_named_is_the_one_that_is_used():
+    """pitfall_094: with codes times 3, dot products grow and cosines stay."""
+    sae, dense = SAE(6, 10, TopK(1)), torch.rand(8, 10)
+
+    def value(similarity, scale):
+        codes = SparseCodes.from_dense(scale * dense)
+        return Contrastive(share=1.0, similarity=similarity)(codes, codes, sae)
+
+    torch.testing.assert_close(value("cosine", 3), value("cosine", 1))
+    assert (value("dot", 3) - value("dot", 1)).abs() > 0.01
+    assert Contrastive().similarity == "dot"
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     pairs=st.integers(1, 5), m=st.integers(1, 12), share=st.sampled_from([0.1, 0.5, 1.0]), cosine=st.booleans(),

@@ -72,6 +72,7 @@ def test_auxk_of_a_constant_residual_is_zero_and_so_is_its_gradient():
 
 
 def test_default_l1_coefficient_grows_with_the_width():
+    """pitfall_087: None is the documented value."""
     assert L1().coefficient_for(2500) == pytest.approx(5.0)
     assert L1(3.0).coefficient_for(2500) == 3.0
 

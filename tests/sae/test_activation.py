@@ -166,7 +166,7 @@ def test_k_of_a_step(activation):
 @settings(deadline=None, max_examples=60)
 @given(k=st.floats(0.01, 12), n=st.integers(1, 40))
 def test_a_k_that_is_not_whole(k, n):
-    """On average k a token: the budget of the batch is the nearest whole number, and never 0."""
+    """pitfall_045: on average k a token: the budget of the batch is the nearest whole number, and never 0."""
     sae = SAE(5, 16, BatchTopK(k))
     sae.b_enc.data.fill_(100.0)  # everything is positive
     codes = sae.training_codes(torch.randn(n, 5)).codes

@@ -45,8 +45,7 @@ def clt(activation, reads=READS, writes=WRITES, m=M, seed=0, *, skip=False) -> C
         if name == "threshold":
             parameter.copy_(torch.rand(parameter.shape, generator=generator) / 2)
         else:
-            drawn = torch.randn(parameter.shape, generator=generator) / (2 if parameter.ndim == 2 else 4)
-            parameter.copy_(drawn * (parameter != 0) if name == "W_dec" else drawn)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / (2 if parameter.ndim == 2 else 4))
     if activation.calibrated:
         coder.threshold.fill_(0.4)
     return coder.requires_grad_(False)
@@ -72,6 +71,7 @@ def by_hand(coder, x):
 
 
 def test_two_layers_by_hand():
+    """pitfall_265, pitfall_266: a decoder for each pair of layers, kept apart."""
     coder = CrossLayerTranscoder({"a": 1, "b": 1}, {"ya": 1, "yb": 1}, 1, ReLU())
     with torch.no_grad():
         coder.W_enc.copy_(torch.tensor([[1.0, -1.0]]))
@@ -91,6 +91,7 @@ def test_two_layers_by_hand():
 @settings(deadline=None, max_examples=25)
 @given(st.integers(2, 4), st.integers(1, 5), st.integers(1, 4), st.integers(3, 9), st.integers(0, 6))
 def test_it_is_its_formula(layers, d, d_out, m, n):
+    """pitfall_063: decoder rows have other norms in each layer, and encoding asks none of them."""
     coder = clt(ReLU(), {f"x{i}": d for i in range(layers)}, {f"y{i}": d_out + i for i in range(layers)}, m).double()
     x = torch.randn(n, layers * d, dtype=torch.float64)
     pre, decode = by_hand(coder, x)
@@ -109,7 +110,7 @@ def test_every_layer_is_encoded_as_an_sae_by_itself(activation):
         own = slice(i * M, (i + 1) * M)
         alone.W_enc.copy_(coder.W_enc[:, own])
         for name, value in coder.state_dict().items():
-            if name not in ("W_enc", "W_dec", "b_dec"):
+            if name not in ("W_enc", "b_dec") and not name.startswith("W_dec"):
                 getattr(alone, name).copy_(value[own] if value.ndim else value)
         torch.testing.assert_close(codes, alone.encode(x_l))
         assert (codes != 0).any()
@@ -189,6 +190,7 @@ def test_at_one_output_it_is_a_transcoder_from_the_layers_up_to_it(activation):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.name)
 def test_scales_fold_exactly(activation):
+    """pitfall_130: with decoder norms other than 1."""
     for s_in, s_out in (
         (torch.tensor([0.3] * 6 + [2.0] * 6 + [7.0] * 6), torch.tensor([1.0] * 4 + [10.0] * 5 + [0.2] * 3)),
         (0.3, 7.0),
@@ -202,6 +204,7 @@ def test_scales_fold_exactly(activation):
 
 @pytest.mark.parametrize("activation", [ReLU(), JumpReLU(), Gated()], ids=lambda a: a.name)
 def test_decoder_norms_fold_exactly(activation):
+    """pitfall_130"""
     coder, x = clt(activation), torch.randn(20, 18)
     predicted, codes, norms = coder(x), coder.encode(x), coder.W_dec.norm(dim=1)
     torch.testing.assert_close(coder.decoder_norms(), norms)  # over all outputs together
@@ -227,6 +230,28 @@ def test_saved_and_loaded_it_predicts_the_same(activation, tmp_path):
     assert torch.equal(loaded.encode(x), coder.encode(x))
     assert torch.equal(loaded(x), coder(x))
     assert torch.equal(loaded.W_dec, coder.W_dec)
+
+
+def test_it_holds_what_is_not_zero_and_parts_share_it():
+    """`W_dec` is a copy, blocks and `decoder` are the memory itself, and gradients reach the blocks through both."""
+    coder, x = clt(ReLU()), torch.randn(5, 18)
+    assert sum(block.numel() for block in coder.decoders) == M * (12 + 8 + 3)
+    assert list(coder.state_dict())[-3:] == ["W_dec.0", "W_dec.1", "W_dec.2"]
+    before = coder(x)
+    coder.W_dec.zero_()
+    assert torch.equal(coder(x), before)
+    part = coder.at("yc")
+    coder.decoder(1, "yc").zero_()
+    assert part.W_dec[M : 2 * M].count_nonzero() == coder.W_dec[M : 2 * M, 9:].count_nonzero() == 0
+    assert coder.W_dec[M : 2 * M, 4:9].all()
+    rows = torch.tensor([0, 3, M + 1, 3 * M - 1])
+    assert torch.equal(coder.decoder_rows(rows), coder.W_dec[rows])
+    coder.requires_grad_(True)
+    coder.W_dec[M + 2].sum().backward()
+    for i, block in enumerate(coder.decoders):
+        expected = torch.zeros_like(block)
+        expected[2] = float(i == 1)
+        torch.testing.assert_close(block.grad, expected)
 
 
 EVEN = {"ya": 4, "yb": 4, "yc": 4}
@@ -282,8 +307,9 @@ def test_a_file_has_the_decoders_of_each_source_and_no_zeros(tmp_path):
         ({"d_in": 19}, "do not go with its reads"),
         ({"d_sae": 37}, "do not go with its reads"),
         ({"reads": {}}, "do not go with its reads"),
-        ({"d_sae": 39}, r"W_dec.0 in .* has the shape"),
-        ({"writes": {"ya": 4, "yb": 5, "yc": 4}}, r"W_dec.0 in .* has the shape \(12, 12\), and its config says"),
+        ({"d_sae": 39}, r"W_enc in .* has the shape"),
+        ({"writes": {"ya": 4, "yb": 5, "yc": 4}}, r"b_dec in .* has the shape \(12,\), and its config says"),
+        ({"writes": {"ya": 5, "yb": 4, "yc": 3}}, r"W_dec.1 in .* has the shape \(12, 8\), and its config says"),
         ({"architecture": "topk_crosscoder", "widths": {"a": 9, "b": 9}}, "lacks the tensor 'W_dec'"),
         ({"apply_b_dec_to_input": True}, "a clt subtracts no decoder bias"),
     ],

@@ -91,6 +91,7 @@ def test_a_transcoder_is_its_formula(d_in, d_out, d_sae, n, skip):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.name)
 def test_a_crosscoder_has_one_code_and_a_reconstruction_for_each_hook(activation):
+    """pitfall_062"""
     coder = crosscoder(activation)
     x = {"c": torch.randn(5, 2), "a": torch.randn(5, 4), "b": torch.randn(5, 3)}
     codes = coder.encode(coder.join(x))
@@ -130,6 +131,7 @@ def test_the_norms_of_a_crosscoder():
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.name)
 def test_scales_fold_exactly(activation):
+    """pitfall_131: hooks of scales 1, 10 and 0.2."""
     for coder, s_in, s_out in (
         (transcoder(activation), 0.3, 7.0),
         (crosscoder(activation), torch.tensor([1.0] * 4 + [10.0] * 3 + [0.2] * 2), None),  # a scale for each hook

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from unweave._errors import UnweaveError
+from unweave._files import write_tensors
 from unweave.sae import SAE, AbsTopK, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TanhReLU, TopK
 from unweave.sae.files import save_training_form
 
@@ -40,7 +41,7 @@ def make(activation, dtype=torch.float32):
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_round_trip(activation, dtype, tmp_path):
-    """pitfall_053, pitfall_060, pitfall_270: thresholds are in the file, in float32; the file's dtype is kept."""
+    """pitfall_053, 60, 192, 270: thresholds are in the file, in float32; the file's dtype is kept."""
     sae, x = make(activation, dtype), torch.randn(30, 7)
     loaded = SAE.load(sae.save(tmp_path / "a b"))
     assert loaded.dtype == dtype
@@ -74,6 +75,7 @@ def test_the_inference_form_of_the_training_form(activation, tmp_path):
 
 @pytest.mark.parametrize("kind", ["layer_norm", "constant_norm_rescale"])
 def test_per_token_normalisation_is_saved(kind, tmp_path):
+    """pitfall_135"""
     sae, x = make(TopK(3)), 5 * torch.randn(30, 7) + 2
     plain = sae(x)
     sae.per_token = kind
@@ -85,7 +87,7 @@ def test_per_token_normalisation_is_saved(kind, tmp_path):
 
 
 def test_own_architectures_are_not_read_as_another(tmp_path):
-    """pitfall_067: who does not know GroupMax must fail, and so do we where the fields are not ours."""
+    """pitfall_197, pitfall_067: who does not know GroupMax must fail, and so do we where the fields are not ours."""
     folder = make(GroupMax(23)).save(tmp_path)
     config = json.loads((folder / "cfg.json").read_text())
     assert config["architecture"] == "groupmax"
@@ -198,6 +200,7 @@ def test_matryoshka_batchtopk_forms(tmp_path):
 
 
 def test_ranking_by_decoder_norms_is_folded(tmp_path):
+    """pitfall_065"""
     sae = make(TopK(3))
     sae.W_dec.mul_(torch.linspace(0.5, 2, 23)[:, None])
     x = torch.randn(30, 7)
@@ -214,6 +217,26 @@ def test_ranking_by_decoder_norms_is_folded(tmp_path):
 def change(folder, **keys):
     config = json.loads((folder / "cfg.json").read_text())
     (folder / "cfg.json").write_text(json.dumps(config | keys))
+
+
+def test_equal_saes_have_equal_bytes(tmp_path):
+    """pitfall_194: whatever the order in which tensors and metadata were put together."""
+    saes = [make(BatchTopK(3)) for _ in range(2)]
+    saes[0].metadata |= {"layers": {"b": 1, "a": 2}, "seed": 3}
+    saes[1].metadata = {"seed": 3, "layers": {"b": 1, "a": 2}} | saes[1].metadata
+    for i, sae in enumerate(saes):
+        sae.save(tmp_path / str(i))
+    for name in ("sae_weights.safetensors", "cfg.json"):
+        texts = [(tmp_path / str(i) / name).read_bytes() for i in range(2)]
+        if name == "cfg.json":  # keys of metadata are in the order in which they were given
+            texts = [json.dumps(json.loads(text), sort_keys=True).encode() for text in texts]
+        assert texts[0] == texts[1]
+    tensors = load_file(tmp_path / "0" / "sae_weights.safetensors")
+    for order in (sorted(tensors), sorted(tensors, reverse=True)):
+        write_tensors(tmp_path / "again.safetensors", {name_: tensors[name_] for name_ in order})
+        assert (tmp_path / "again.safetensors").read_bytes() == (
+            tmp_path / "0" / "sae_weights.safetensors"
+        ).read_bytes()
 
 
 def test_unknown_keys_are_kept(tmp_path):

@@ -82,7 +82,7 @@ def correlated(n=200):
 @pytest.mark.parametrize("kind", ["center", "whiten"])
 @pytest.mark.parametrize("activation", [*ACTIVATIONS, TanhReLU()], ids=str)
 def test_normalisation(activation, kind, apply_b_dec_to_input):
-    """After the fold raw activations give the codes of normalised ones, and the reconstruction in raw units."""
+    """pitfall_065, 133: after the fold raw activations give the codes of normalised ones, and outputs in raw units."""
     x = correlated()
     normalization = Normalization.fit(kind, x)
     sae = make(activation, apply_b_dec_to_input=apply_b_dec_to_input)

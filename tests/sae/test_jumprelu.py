@@ -23,7 +23,7 @@ KERNELS = {
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels(kernel):
-    """Of area 1 as a function of the pre-activation, and 0 where no entry is selected."""
+    """pitfall_058: of area 1 as a function of the pre-activation, and 0 where no entry is selected."""
     activation = JumpReLU(0.5, bandwidth=0.3, kernel=kernel)
     z = torch.linspace(-1, 2, 30001, dtype=torch.float64)
     window = activation.window(z, torch.tensor(0.5, dtype=torch.float64))

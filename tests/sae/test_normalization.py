@@ -52,7 +52,7 @@ def test_constant_norm_rescale_by_hand():
 
 @pytest.mark.parametrize("kind", ["layer_norm", "constant_norm_rescale"])
 def test_per_token_kinds_run_with_the_sae(kind):
-    """Nothing of a batch stays on the module; any two calls in between change nothing."""
+    """pitfall_073: nothing of a batch stays on the module; any two calls in between change nothing."""
     sae, x = SAE(6, 24, TopK(3)).double().requires_grad_(False), correlated(20)
     statistics = token_statistics(x, kind)
     plain = sae(statistics.apply(x))

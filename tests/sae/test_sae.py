@@ -14,6 +14,7 @@ from unweave.sae import (
     Gated,
     GroupMax,
     JumpReLU,
+    MatchingPursuit,
     ReLU,
     SparseCodes,
     TanhReLU,
@@ -75,7 +76,7 @@ def dense_codes(sae, x, training):
 @pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
 @pytest.mark.parametrize("dense_above", [0.0, 1.0], ids=["dense", "sparse"])
 def test_training_pass_equals_dense_autograd(activation, apply_b_dec_to_input, dense_above, monkeypatch):
-    """pitfall_100, pitfall_101: encoder gradients reach the chosen latents, and none where the value is 0."""
+    """pitfall_100, 101, 143: gradients reach the chosen latents, none where the value is 0; inputs are not clamped."""
     monkeypatch.setattr(sae_module, "DENSE_ABOVE", dense_above)
     sae, x = make(activation, apply_b_dec_to_input=apply_b_dec_to_input), inputs().requires_grad_()
     codes = sae.training_codes(x).codes
@@ -104,6 +105,22 @@ def test_inference_is_a_function_of_each_token(activation):
     torch.testing.assert_close(together, dense_codes(sae, x, training=False))
     torch.testing.assert_close(sae(x), together @ sae.W_dec + sae.b_dec)
     assert all(torch.equal(before[n], t) for n, t in sae.state_dict().items())
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, MatchingPursuit(3)], ids=str)
+def test_modes_change_nothing_and_can_be_chained(activation):
+    """pitfall_069, 070: nothing is lost by `eval`, and codes are the same in either mode."""
+    sae, x = SAE(7, 24, activation), torch.randn(9, 7)
+    if isinstance(activation, BatchTopK):
+        sae.threshold.fill_(0.1)
+    trained, codes = sae.training_codes(x).codes.to_dense(), sae.encode(x)
+    assert sae.eval() is sae
+    assert not sae.training
+    assert torch.equal(sae.encode(x), codes)
+    assert torch.equal(sae.training_codes(x).codes.to_dense(), trained)
+    assert sae.eval().train() is sae
+    assert sae.training
+    assert torch.equal(sae.training_codes(x).codes.to_dense(), trained)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
@@ -216,3 +233,13 @@ def test_other_dtypes_of_input(dtype):
     sae, x = make(TopK(3), dtype=torch.float32), torch.randn(5, 7).to(dtype)
     assert sae(x).dtype == dtype
     assert sae.encode(x).dtype == torch.float32
+
+
+def test_pitfall_259_262_an_sae_has_no_length_and_only_the_attributes_that_it_has():
+    sae = SAE(4, 8, TopK(2))
+    with pytest.raises(TypeError):
+        len(sae)
+    with pytest.raises(AttributeError, match="metadat"):
+        sae.metadat  # noqa: B018
+    with pytest.raises(AttributeError):
+        sae.metadata.hook_name  # noqa: B018

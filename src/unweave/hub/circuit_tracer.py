@@ -121,7 +121,7 @@ def _cross_layer(source: Source, config: dict[str, Any]) -> Draft:
         if W_dec is None or W_dec.ndim != 3 or W_dec.shape[1] != n - i:
             shape = None if W_dec is None else tuple(W_dec.shape)
             raise UnweaveError(f"W_dec_{i} in {source} has the shape {shape}: (d_sae, {n - i}, d_out) was expected.")
-        layers.append(Layer(weights, list(W_dec.unbind(1))))
+        layers.append(Layer(weights, W_dec.flatten(1)))
     widths = layers[0].weights["W_enc"].shape[0], layers[0].weights["b_dec"].shape[0]
     reads, writes = (
         {f"blocks.{i}.{config.get(key, default)}": width for i in range(n)}
@@ -168,7 +168,7 @@ def _write_cross_layer(coder: CrossLayerTranscoder, folder: Path) -> None:
     thresholds = None if coder.threshold is None else thresholds_of(coder).split(m)
     encoders, biases = weights["W_enc"].split(m, 1), weights["b_enc"].split(m)
     outputs = list(coder.split(weights["b_dec"]).values())
-    for i, rows in enumerate(weights["W_dec"].split(m)):
+    for i in range(coder.layers):
         tensors = {"W_enc": encoders[i].T, "b_enc": biases[i], "b_dec": outputs[i]}
         if thresholds is not None:
             tensors["threshold"] = thresholds[i]
@@ -176,9 +176,8 @@ def _write_cross_layer(coder: CrossLayerTranscoder, folder: Path) -> None:
             tensors["W_skip"] = weights["W_skip"][i]
         with atomic_path(folder / f"W_enc_{i}.safetensors") as path:
             write_tensors(path, {f"{name}_{i}": _own(tensor) for name, tensor in tensors.items()})
-        decoders = torch.stack(list(coder.split(rows).values())[i:], 1)
         with atomic_path(folder / f"W_dec_{i}.safetensors") as path:
-            write_tensors(path, {f"W_dec_{i}": decoders})
+            write_tensors(path, {f"W_dec_{i}": weights[f"W_dec.{i}"].view(m, coder.layers - i, -1)})
     config, metadata = metadata_for(coder, "model_name"), coder.metadata
     reads, writes = metadata.get("hook_names") or coder.reads, metadata.get("hook_names_out") or coder.writes
     for key, names in zip(_DEFAULT_HOOKS, (reads, writes), strict=True):

@@ -7,12 +7,14 @@ earlier layers into output j (Llamascopium).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from unweave._errors import UnweaveError
+from unweave._mapped import fill
 from unweave.sae import Activation, CrossLayerTranscoder
 from unweave.sae.draft import Draft, on_meta
 
@@ -22,8 +24,8 @@ class Layer(NamedTuple):
 
     weights: dict[str, Tensor]
     """`W_enc`, `b_enc`, maybe `threshold`, and of the output of this layer `b_dec` and maybe `skip (d, d_out)`."""
-    decoders: list[Tensor]
-    """Its decoders `(M, d)`, to the output of this layer and of all later ones."""
+    decoder: Tensor
+    """What it writes to its own output and those of all later layers, side by side: `(M, ...)`."""
 
 
 def cross_layer(
@@ -42,19 +44,19 @@ def cross_layer(
     """
     first, n = layers[0].weights["W_enc"].shape, len(layers)
     m, widths = first[1], list(writes.values())
-    for i, (weights, decoders) in enumerate(layers):
-        shapes = [weights["W_enc"].shape, *(decoder.shape for decoder in decoders)]
-        if shapes != [first, *((m, width) for width in widths[i:])]:
+    for i, (weights, decoder) in enumerate(layers):
+        shapes = [tuple(weights["W_enc"].shape), tuple(decoder.shape)]
+        if shapes != [tuple(first), (m, sum(widths[i:]))]:
             raise UnweaveError(f"layer {i} of {where} has weights of the shapes {shapes}, unlike layer 0.")
         if weights.keys() != layers[0].weights.keys():
             odd = min(weights.keys() ^ layers[0].weights.keys())
             raise UnweaveError(f"some layers of {where} have a {odd!r}, and others have none.")
     skip = "skip" in layers[0].weights
     made = on_meta(lambda: CrossLayerTranscoder(reads, writes, m, activation, skip=skip, metadata=metadata))
-    W_dec = layers[0].decoders[0].new_zeros(n * m, sum(widths))
-    for i, layer in enumerate(layers):
-        for part, decoder in zip(W_dec[i * m : (i + 1) * m].split(widths, 1)[i:], layer.decoders, strict=True):
-            part.copy_(decoder)
+    dtype = reduce(torch.promote_types, (layer.weights["W_enc"].dtype for layer in layers))
+    rows = torch.empty(n * m, first[0], dtype=dtype, device=layers[0].weights["W_enc"].device)
+    for own, layer in zip(rows.split(m), layers, strict=True):
+        fill(own, layer.weights["W_enc"].T)
     tensors: dict[str, Tensor] = {
         name: torch.cat([layer.weights[name] for layer in layers])
         for name in ("b_enc", "b_dec", "threshold")
@@ -62,6 +64,5 @@ def cross_layer(
     }
     if skip:
         tensors["W_skip"] = torch.stack([layer.weights["skip"] for layer in layers])
-    # Latent by latent in memory.
-    tensors |= {"W_dec": W_dec, "W_enc": torch.cat([layer.weights["W_enc"].T for layer in layers]).T}
-    return Draft(made, tensors, str(where))
+    tensors |= {f"W_dec.{i}": layer.decoder for i, layer in enumerate(layers)}
+    return Draft(made, tensors | {"W_enc": rows.T}, str(where))

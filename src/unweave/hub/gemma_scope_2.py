@@ -79,7 +79,7 @@ def _cross_layer(source: Source, config: dict[str, Any]) -> Draft:
                 f"w_dec in {where} has the shape {shape}: (d_sae, targets, d_out) was expected, for {len(files)} or "
                 f"{len(files) - i} targets."
             )
-        layers.append(Layer(weights, list(decoders.unbind(1))[i - len(files) :]))
+        layers.append(Layer(weights, decoders.flatten(1)[:, (i - len(files)) * decoders.shape[2] :]))
     reads, writes = (
         {_HOOKS["clt"][end].format(i): n for i in range(len(layers))}  # type: ignore[union-attr]
         for end, n in ((0, layers[0].weights["W_enc"].shape[0]), (1, layers[0].weights["b_dec"].shape[0]))

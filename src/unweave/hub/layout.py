@@ -22,7 +22,7 @@ from unweave.sae.normalization import PerToken
 
 Layout = Mapping[str, str]
 LENGTHS = {"d": "d_in", "o": "d_out", "M": "d_sae"}
-_OURS = {"W_enc": "d M", "W_dec": "M o", "W_skip": "o d"}
+_OURS = {"W_enc": "d M", "W_enc_glu": "d M", "W_dec": "M o", "W_skip": "o d"}
 
 
 def take(
@@ -79,7 +79,7 @@ def _is_turned(ours: str, axes: Sequence[str]) -> bool:
     own = _OURS.get(ours, "").split()
     if not own or (ours == "W_skip" and axes[0] == axes[1]):
         return False
-    own = own if "o" in axes or ours == "W_enc" else ["d" if axis == "o" else axis for axis in own]
+    own = own if "o" in axes or ours.startswith("W_enc") else ["d" if axis == "o" else axis for axis in own]
     return list(axes) == own[::-1]
 
 
@@ -110,14 +110,14 @@ def plain(
     (d, m), o = weights["W_enc"].shape, weights["W_dec"].shape[1]
     weights.setdefault("b_enc", torch.zeros(m))
     weights.setdefault("b_dec", torch.zeros(o))
-    skip = "W_skip" in weights
+    skip, glu = "W_skip" in weights, "W_enc_glu" in weights
     if pre_bias and (predicts or skip):
         weights["b_enc"] = without_pre_bias(weights)
         pre_bias = False
     if predicts or skip:
-        sae: SAE = on_meta(lambda: Transcoder(d, o, m, activation, skip=skip, metadata=metadata))
+        sae: SAE = on_meta(lambda: Transcoder(d, o, m, activation, skip=skip, glu=glu, metadata=metadata))
     else:
-        sae = on_meta(lambda: SAE(d, m, activation, apply_b_dec_to_input=pre_bias, metadata=metadata))
+        sae = on_meta(lambda: SAE(d, m, activation, apply_b_dec_to_input=pre_bias, glu=glu, metadata=metadata))
     sae.per_token = per_token
     return Draft(sae, weights, str(where), folds)
 

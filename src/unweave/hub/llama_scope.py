@@ -81,6 +81,8 @@ def _scales(config: dict[str, Any], d: int, o: int, source: Source) -> tuple[flo
 def fold_averages(sae: SAE, scale_in: float, scale_out: float) -> None:
     """Take raw inputs to raw outputs, in place; codes become 1/scale_in of the trained ones."""
     sae.b_enc.div_(scale_in)
+    if sae.W_enc_glu is not None:
+        sae.W_enc_glu.mul_(scale_in)  # a sigmoid's argument stays what it was
     sae.b_dec.div_(scale_out)
     sae.W_dec.mul_(scale_in / scale_out)
 

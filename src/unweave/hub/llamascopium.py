@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from unweave._errors import UnweaveError
+from unweave._mapped import fill
 from unweave.hub.cross_layer import Layer, cross_layer
 from unweave.hub.layout import plain, take
 from unweave.hub.llama_scope import fold_averages, of_codes
@@ -28,6 +29,7 @@ FILES = (
     "checkpoints/pruned.pt", "checkpoints/final.pt",
 )  # fmt: skip
 LAYOUT = {"W_enc": "W_E d M", "b_enc": "b_E M", "W_dec": "W_D M o", "b_dec": "b_D? o"}
+GLU = {"W_enc_glu": "W_E_glu d M", "b_enc_glu": "b_E_glu M"}
 _THRESHOLD, _AVERAGE = "activation_function.log_jumprelu_threshold", "dataset_average_activation_norm."
 
 _OTHERS = {
@@ -65,8 +67,8 @@ def read(source: Source) -> Draft:
         raise UnweaveError(f"{source} has none of the files {', '.join(FILES)}.")
     value = source.torch(name) if name.endswith(".pt") else source.tensors(name)
     tensors = source.only_tensors(value.get("sae", value), name)
-    if "W_E_glu" in tensors:
-        raise UnweaveError(f"{source} multiplies its codes by a gate of its own (GLU), which no SAE here computes.")
+    if "W_E_glu" in tensors and kind != "sae":
+        raise UnweaveError(f"{source} multiplies its codes by a gate of its own (GLU), which no {kind} here computes.")
     averages = {n.removeprefix(_AVERAGE): tensors.pop(n) for n in list(tensors) if n.startswith(_AVERAGE)}
     if not _has_bias(config):
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("b_D")}
@@ -121,6 +123,7 @@ def _expected(config: dict[str, Any]) -> dict[str, int | None]:
 def _sae(config: dict[str, Any], tensors: dict[str, Tensor], scales: _Scales, source: Source) -> Draft:
     activation = _activation(config, source)
     layout = LAYOUT | ({"threshold": f"{_THRESHOLD} M"} if isinstance(activation, JumpReLU) else {})
+    layout |= GLU if "W_E_glu" in tensors else {}
     weights = take(tensors, layout, source, expected=_expected(config))
     hook_in = str(config.get("hook_point_in"))
     hook_out = str(config.get("hook_point_out") or hook_in)
@@ -190,12 +193,17 @@ def _clt(config: dict[str, Any], tensors: dict[str, Tensor], scales: _Scales, so
     reads, writes = _hooks(config, "hook_points_in", n), _hooks(config, "hook_points_out", n)
     f_in, f_out = [scales.at(hook, d) for hook in reads], [scales.at(hook, d) for hook in writes]
     threshold = tensors[_THRESHOLD].float().exp() if isinstance(activation, JumpReLU) else None
+    # The decoders into one output, regrouped by the layer that they come from: no file is in memory beside the result.
+    decoders = [torch.empty(m, (n - i) * d, dtype=W_E.dtype, device=W_E.device) for i in range(n)]
+    for j in range(n):
+        for i, block in enumerate(tensors.pop(f"W_D.{j}")):
+            fill(decoders[i][:, (j - i) * d : (j - i + 1) * d], block, f_in[i] / f_out[j])
     layers = []
     for i in range(n):
         weights = {"W_enc": W_E[i], "b_enc": b_E[i] / f_in[i], "b_dec": tensors[f"b_D.{i}"] / f_out[i]}
         if threshold is not None:
             weights["threshold"] = threshold[i] / f_in[i]
-        layers.append(Layer(weights, [tensors[f"W_D.{j}"][i] * (f_in[i] / f_out[j]) for j in range(i, n)]))
+        layers.append(Layer(weights, decoders[i]))
     widths = [dict.fromkeys(hooks, d) for hooks in (reads, writes)]
     return cross_layer(layers, activation, source, reads=widths[0], writes=widths[1], metadata={})
 

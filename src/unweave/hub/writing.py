@@ -14,13 +14,15 @@ from unweave.sae import SAE, Transcoder
 
 
 def only_autoencoders_and_transcoders(sae: SAE, name: str) -> None:
-    """Refuse coders with several hooks, temporal SAEs and what normalises every token.
+    """Refuse coders with several hooks, temporal SAEs, gated linear units and what normalises every token.
 
     Raises:
         UnweaveError: With the reason.
     """
     if type(sae) not in (SAE, Transcoder):
         raise UnweaveError(f"{name} has no form for a {type(sae).__name__}.")
+    if sae.glu:
+        raise UnweaveError(f"{name} has no form for pre-activations that a gated linear unit multiplies.")
     if sae.per_token is not None:
         raise UnweaveError(f"this SAE normalises every token ({sae.per_token}), which {name} does not.")
 

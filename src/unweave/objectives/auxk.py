@@ -40,7 +40,7 @@ class AuxK:
 
 def auxk_loss(
     aux: SparseCodes,
-    W_dec: Float[Tensor, "d_sae d"],
+    W_dec: ops.Decoder,
     residual: Float[Tensor, "n d"],
     n_dead: Tensor | int,
     k: int,

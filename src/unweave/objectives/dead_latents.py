@@ -119,7 +119,7 @@ def dead_latents_loss(
         pre_act: The pre-activation loss.
         ghost: Ghost gradients.
     """
-    W_enc, W_dec, b_enc = sae.W_enc.T[latents], sae.W_dec[latents], sae.b_enc[latents]
+    W_enc, W_dec, b_enc = sae.W_enc.T[latents], sae.decoder_rows(latents), sae.b_enc[latents]
     if sae.apply_b_dec_to_input:
         b_enc = b_enc - W_enc @ sae.b_dec  # a mat-vec; centring x would add a product to the backward pass
     threshold, norms = torch.zeros_like(b_enc), ops.row_norms(W_dec)

@@ -27,11 +27,11 @@ class EndToEnd:
 
     Attributes:
         beta: Weight of the balanced divergence. None: a sum of those terms that have a coefficient, or 1 if none has.
-        kl: Coefficient of the divergence from the clean model, per nat and relative to d_in.
+        kl: Coefficient of the divergence from the clean model, per nat and relative to the width of the output.
         ce: Coefficient of the next token's cross-entropy, likewise.
         error: Coefficient of the squared error of the reconstruction.
         downstream: Coefficient of the squared error at later hooks, averaged over them, each relative to its variance
-            and then to d_in.
+            and then to that width.
         hooks: Those later hooks.
     """
 

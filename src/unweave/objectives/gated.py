@@ -17,7 +17,7 @@ def open_gate(pre: Codes) -> Codes:
 
 def gate_error(
     gate: Codes,
-    W_dec: Float[Tensor, "d_sae d"],
+    W_dec: ops.Decoder,
     b_dec: Float[Tensor, "*n d"],
     x: Float[Tensor, "n d"],
     weights: Float[Tensor, "..."] | None = None,
@@ -33,4 +33,5 @@ def gate_error(
         x: Inputs.
         weights: Of each token's error; see `error_weights`.
     """
-    return squared_error(ops.decode(gate, W_dec.detach()) + b_dec.detach(), x, weights)
+    detached = W_dec.detach() if isinstance(W_dec, Tensor) else [block.detach() for block in W_dec]
+    return squared_error(ops.decode(gate, detached) + b_dec.detach(), x, weights)

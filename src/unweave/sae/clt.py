@@ -9,137 +9,22 @@ by itself, with the SAE's own selection; everything behind the encoder is the SA
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
-from unweave import kernels
 from unweave._errors import UnweaveError, nearest
-from unweave.kernels import Above, LargestOfBatch, Selection, Spec
-from unweave.kernels.select import largest_of_batch
-from unweave.sae import ops
 from unweave.sae.activation import Activation
 from unweave.sae.coders import HOOK_OUT, Crosscoder, Transcoder, side_by_side
-from unweave.sae.codes import DenseCodes
+from unweave.sae.layered import Layered
 from unweave.sae.sae import SAE
 
 
-class LayeredEncoder(SAE):
-    """An SAE whose inputs are several layers side by side, each with an encoder and an equal number of latents.
-
-    TopK, AbsTopK and GroupMax select by token and layer, so that k is a layer's; BatchTopK selects among all layers of
-    the batch, k for each on average, and has one threshold.
-
-    Attributes:
-        layers: Number of layers.
-        W_enc: `(d, d_sae)`, where d is the width of one layer; layer l has the columns of its latents.
-    """
-
-    layers: int
-
-    @property
-    def latents_per_layer(self) -> int:
-        return self.d_sae // self.layers
-
-    def _per_layer(self, x: Float[Tensor, "n d_in"]) -> list[Float[Tensor, "n d"]]:
-        return [part.contiguous() for part in x.chunk(self.layers, 1)]
-
-    def _weights_per_layer(self) -> list[tuple[Float[Tensor, "d m"], Float[Tensor, " m"]]]:
-        m = self.latents_per_layer
-        return [(rows.T, b) for rows, b in zip(self.W_enc.T.split(m), self.b_enc.split(m), strict=True)]
-
-    def selected(self, centred: Float[Tensor, "n d_in"], spec: Spec, max_density: float = 1.0) -> Selection:
-        """What a selection keeps of each layer; of `LargestOfBatch`, of all layers together."""
-        inputs, weights = self._per_layer(centred), self._weights_per_layer()
-
-        def select(specs: Sequence[Spec]) -> Selection:
-            return _merged(
-                [
-                    kernels.encode_select(x, W, b, s, max_density=max_density)
-                    for x, (W, b), s in zip(inputs, weights, specs, strict=True)
-                ],
-                self.latents_per_layer,
-            )
-
-        if isinstance(spec, Above) and isinstance(spec.bounds, Tensor) and spec.bounds.ndim:
-            return select([Above(bounds) for bounds in spec.bounds.split(self.latents_per_layer)])
-        if not isinstance(spec, LargestOfBatch):
-            return select([spec] * self.layers)
-        budget, found = spec.budget * self.layers, None
-        if spec.hint is not None:
-            found = select([Above(max(spec.hint, 0.0))] * self.layers)
-        if found is None or len(found.values) < budget:
-            # No layer can win more than all of it.
-            found = select([LargestOfBatch(budget)] * self.layers)
-        if len(found.values) <= budget:
-            return found
-        return largest_of_batch(found, budget, found.values.topk(budget, sorted=False).values.amin())
-
-    def strongest(self, centred: Float[Tensor, "n d_in"], latents: Int64[Tensor, " c"], k: int) -> Selection:
-        """The `k` strongest of some latents for each token, shared evenly among the layers, at least 1 of each."""
-        parts, each = [], max(1, k // self.layers)
-        for i, (x, (W, b)) in enumerate(zip(self._per_layer(centred), self._weights_per_layer(), strict=True)):
-            own = latents[latents // self.latents_per_layer == i] - i * self.latents_per_layer
-            if len(own) == 0:
-                empty = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-                parts.append(Selection(empty, own, x.new_empty(0)))
-                continue
-            spec = kernels.Largest(min(each, len(own)), magnitude=self.activation.signed)
-            found = kernels.encode_select(x, W.T[own].T, b[own], spec)
-            parts.append(found._replace(indices=own[found.indices]))
-        return _merged(parts, self.latents_per_layer)
-
-    def pre_activations(self, centred: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
-        layers = zip(self._per_layer(centred), self._weights_per_layer(), strict=True)
-        return torch.cat([torch.addmm(b, x, W) for x, (W, b) in layers], 1)
-
-    def encoded_at(self, x: Float[Tensor, "n d_in"], pre: Any) -> Any:
-        none = self.b_enc.new_zeros(self.W_enc.shape[0])  # nothing is subtracted from the input
-        if isinstance(pre, DenseCodes):
-            parts = zip(
-                self._per_layer(x), self._weights_per_layer(), pre.values.split(self.latents_per_layer, 1), strict=True
-            )
-            return DenseCodes(
-                torch.cat([ops.encode_at(x, none, W, b, DenseCodes(values)).values for x, (W, b), values in parts], 1)
-            )
-        # One row for each token and layer; the entries stay in their order.
-        m = self.latents_per_layer
-        cut = pre.cut([m * (i + 1) for i in range(self.layers)])
-        rows = x.reshape(len(x) * self.layers, self.W_enc.shape[0])
-        return pre.with_values(ops.encode_at(rows, none, self.W_enc, self.b_enc, cut).values)
-
-    def by_input(self, x: Tensor, latents: Tensor) -> list[tuple[Tensor, Tensor]]:
-        of_layer = latents // self.latents_per_layer
-        found = [(part, latents[of_layer == i]) for i, part in enumerate(self._per_layer(x))]
-        return [(part, own) for part, own in found if len(own)]
-
-    @torch.no_grad()
-    def scale_encoder(self, scale: float | Float[Tensor, " d_in"]) -> None:
-        if isinstance(scale, Tensor):
-            self.W_enc.T.view(self.layers, self.latents_per_layer, -1).mul_(scale.view(self.layers, 1, -1))
-        else:
-            self.W_enc.mul_(scale)
-
-
-def _merged(parts: Sequence[Selection], m: int) -> Selection:
-    """Selections of the same rows in one: in each row the entries of the first layer, then those of the second."""
-    counts = torch.stack([part.counts for part in parts], 1)
-    starts = pad(counts.flatten().cumsum(0), (1, 0))[:-1].view_as(counts)
-    n = sum(len(part.values) for part in parts)
-    indices, values = parts[0].indices.new_empty(n), parts[0].values.new_empty(n)
-    for i, (part, start) in enumerate(zip(parts, starts.unbind(1), strict=True)):
-        own = pad(part.counts.cumsum(0), (1, 0))[:-1]
-        moved = torch.repeat_interleave(start - own, part.counts, output_size=len(part.values))
-        to = moved + torch.arange(len(part.values), device=moved.device)
-        indices[to], values[to] = part.indices + i * m, part.values
-    return Selection(counts.sum(1), indices, values)
-
-
-class CrossLayerTranscoder(LayeredEncoder):
+class CrossLayerTranscoder(Layered):
     """Predicts the outputs of several layers from their inputs; a layer's codes write to all later outputs, too.
 
     From "Circuit Tracing" (Ameisen et al., 2025). Inputs and outputs lie side by side, in the order of `reads` and of
@@ -158,8 +43,11 @@ class CrossLayerTranscoder(LayeredEncoder):
         d_sae: Number of latents of all layers together.
         W_enc: `(d, d_sae)`, where d is the width of one input; `b_enc`, thresholds and the rows of `W_dec` alike have
             the latents layer after layer.
+        decoders: What is held, and trained: for each layer `(latents_per_layer, ...)`, what its latents write to its
+            own output and all later ones, side by side. `decoder` gives one output's.
         W_dec: `(d_sae, d_out)`, where d_out is the sum of the outputs' widths; 0 where a layer would write to an
-            earlier one, which costs at most as much memory again as the decoders, and files leave out.
+            earlier one. Made from `decoders` whenever it is asked for, with gradients: a copy of up to twice their
+            size, which it is no use to change.
         b_dec: `(d_out,)`; never subtracted from the input.
         W_skip: `(layers, d, d_l)`, where all outputs have the width d_l; or None.
 
@@ -203,10 +91,9 @@ class CrossLayerTranscoder(LayeredEncoder):
         )  # fmt: skip
         self.layers, self.d_in = layers, layers * widths[0]
         self.reads, self.writes = dict(reads), dict(writes)
-        W_dec = torch.randn(self.d_sae, sum(writes.values()), generator=generator)
-        self._clear(W_dec)
-        self.W_dec = nn.Parameter(nn.functional.normalize(W_dec, dim=1))
-        self.b_dec = nn.Parameter(torch.zeros(W_dec.shape[1]))
+        drawn = (torch.randn(latents_per_layer, width, generator=generator) for width in self._widths())
+        self._hold([nn.Parameter(nn.functional.normalize(block, dim=1)) for block in drawn])
+        self.b_dec = nn.Parameter(torch.zeros(sum(writes.values())))
         maps = torch.zeros(layers, widths[0], max(writes.values())) if skip else None
         self.register_parameter("W_skip", None if maps is None else nn.Parameter(maps))
 
@@ -217,16 +104,9 @@ class CrossLayerTranscoder(LayeredEncoder):
         mapped = zip(self._per_layer(x), self.W_skip, strict=True)
         return self.b_dec + torch.cat([part @ S for part, S in mapped], 1)
 
-    def _clear(self, decoder: Float[Tensor, "d_sae d_out"]) -> None:
-        """Set to 0, in place, what would write to earlier layers."""
-        for i, part in enumerate(self.split(decoder).values(), start=1):
-            part[i * self.latents_per_layer :].zero_()
-
-    @torch.no_grad()
-    def mask_gradients(self) -> None:
-        """No gradient for what would write to earlier layers, which therefore stays 0."""
-        if self.W_dec.grad is not None:
-            self._clear(self.W_dec.grad)
+    def _widths(self) -> list[int]:
+        """Width of what each layer's latents write."""
+        return list(accumulate(reversed(self.writes.values())))[::-1]
 
     def join(self, activations: Mapping[str, Float[Tensor, "... d"]]) -> Float[Tensor, "... d_in"]:
         """Inputs by name, side by side as this transcoder takes them."""
@@ -249,8 +129,8 @@ class CrossLayerTranscoder(LayeredEncoder):
         target_layer = self._layer_of(target)
         if not 0 <= source <= target_layer:
             raise UnweaveError(f"the codes of layer {source} do not write to {target!r}, the output of {target_layer}.")
-        m = self.latents_per_layer
-        return self.split(self.W_dec)[target][source * m : (source + 1) * m]
+        widths = list(self.writes.values())[source:]
+        return self.decoders[source].split(widths, 1)[target_layer - source]
 
     def _layer_of(self, target: str) -> int:
         if target not in self.writes:
@@ -274,13 +154,15 @@ class CrossLayerTranscoder(LayeredEncoder):
         d, skip = self.d_in // self.layers, self.W_skip is not None
         with torch.device("meta"):  # nothing is drawn or allocated: all weights are this transcoder's
             part = CrossLayerPart(layers, d, self.writes[target], n, self.activation, skip, metadata)
-        for name, tensor in (dict(self.named_parameters()) | dict(self.named_buffers())).items():
+        views = [self.decoder(i, target).detach() for i in range(layers)]
+        part._hold([nn.Parameter(view, requires_grad=False) for view in views])
+        for name, tensor in (dict(self._parameters) | dict(self._buffers)).items():
+            if tensor is None:
+                continue
             tensor = tensor.detach()
             match name:
                 case "W_enc":
                     view = tensor[:, :n]
-                case "W_dec":
-                    view = self.split(tensor)[target][:n]
                 case "W_skip":
                     view = tensor[layers - 1].T
                 case "b_dec":
@@ -298,7 +180,7 @@ class CrossLayerTranscoder(LayeredEncoder):
         )
 
 
-class CrossLayerPart(LayeredEncoder, Transcoder):
+class CrossLayerPart(Layered, Transcoder):
     """What a cross-layer transcoder predicts at one output; made by `CrossLayerTranscoder.at`, and not saved."""
 
     def __init__(

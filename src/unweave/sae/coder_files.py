@@ -6,13 +6,10 @@ The architecture is that of the SAE with the coder's kind behind it: `skip_trans
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
 
 from unweave._errors import UnweaveError
 from unweave.sae.activation import Activation
@@ -48,6 +45,7 @@ def coder_config(sae: SAE) -> dict[str, Any]:
 def name_of(sae: SAE, architecture: str) -> str:
     """The architecture in a file, from that of an SAE with the same activation function."""
     kind = kind_of(sae)
+    architecture = f"{architecture}_glu" if sae.glu else architecture
     if kind is None:
         return architecture
     return kind if architecture == "standard" else f"{architecture}_{kind}"
@@ -70,6 +68,7 @@ def build(
     path: Path,
     *,
     tied: bool,
+    glu: bool,
     metadata: dict[str, Any],
 ) -> SAE:
     """An SAE or a coder in the shape that a config says, whose weights are still to be filled in.
@@ -81,8 +80,9 @@ def build(
     pre_bias = config["apply_b_dec_to_input"]
     if kind is None:
         return SAE(
-            d_in, d_sae, activation, apply_b_dec_to_input=pre_bias, tied=tied, metadata=metadata, generator=unused
-        )
+            d_in, d_sae, activation, apply_b_dec_to_input=pre_bias, tied=tied, glu=glu, metadata=metadata,
+            generator=unused,
+        )  # fmt: skip
     if pre_bias:
         raise UnweaveError(f"{str(path)!r} asks for apply_b_dec_to_input, and a {kind} subtracts no decoder bias.")
     if (normalize := config.get("normalize_activations") or "none") != "none":
@@ -93,6 +93,8 @@ def build(
     for key in {"crosscoder": ("widths",), "clt": layers, "skip_clt": layers}.get(kind, ("d_out",)):
         if key not in config:
             raise UnweaveError(f"{str(path)!r} lacks the key {key!r}.")
+    if glu and not kind.endswith("transcoder"):
+        raise UnweaveError(f"{str(path)!r} asks for a gated linear unit, which a {kind} has not.")
     skip = kind.startswith("skip_")
     if kind in ("clt", "skip_clt"):
         reads, writes = config["reads"], config["writes"]
@@ -105,43 +107,4 @@ def build(
         if coder.d_in != d_in:
             raise UnweaveError(f"{str(path)!r} has d_in={d_in}, and its widths make {coder.d_in}.")
         return coder
-    return Transcoder(d_in, config["d_out"], d_sae, activation, skip=skip, metadata=metadata, generator=unused)
-
-
-def to_file(sae: SAE, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as a file has them: of a cross-layer transcoder without the zeros of its decoder."""
-    return _packed(sae, weights) if isinstance(sae, CrossLayerTranscoder) else weights
-
-
-def from_file(sae: SAE, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The inverse, for the SAE that `build` made.
-
-    Raises:
-        UnweaveError: If a decoder of a cross-layer transcoder is missing or has the wrong shape.
-    """
-    return _unpacked(sae, tensors, repr(str(path))) if isinstance(sae, CrossLayerTranscoder) else dict(tensors)
-
-
-def _packed(coder: CrossLayerTranscoder, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as a file has them: `W_dec.i (M, ...)` are the decoders from layer i to its output and all later ones."""
-    starts = [sum(list(coder.writes.values())[:i]) for i in range(coder.layers)]
-    rows = weights["W_dec"].split(coder.latents_per_layer)
-    decoders = {f"W_dec.{i}": part[:, start:] for i, (part, start) in enumerate(zip(rows, starts, strict=True))}
-    return {name: tensor for name, tensor in weights.items() if name != "W_dec"} | decoders
-
-
-def _unpacked(coder: CrossLayerTranscoder, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The inverse.
-
-    Raises:
-        UnweaveError: If a decoder is missing or has another shape than the coder's.
-    """
-    expected = _packed(coder, {"W_dec": coder.W_dec.detach()})
-    for name, tensor in expected.items():
-        if name not in tensors:
-            raise UnweaveError(f"{where} lacks the tensor {name!r}.")
-        if tensors[name].shape != tensor.shape:
-            shapes = f"{tuple(tensors[name].shape)}, and its config says {tuple(tensor.shape)}"
-            raise UnweaveError(f"{name} in {where} has the shape {shapes}.")
-    parts = [pad(tensors[name], (coder.d_out - tensors[name].shape[1], 0)) for name in expected]
-    return {name: t for name, t in tensors.items() if name not in expected} | {"W_dec": torch.cat(parts)}
+    return Transcoder(d_in, config["d_out"], d_sae, activation, skip=skip, glu=glu, metadata=metadata, generator=unused)

@@ -52,6 +52,7 @@ class Transcoder(SAE):
         d_sae: Number of latents.
         activation: As for `SAE`.
         skip: Whether there is a linear map beside the latents; it starts at 0.
+        glu: As for `SAE`.
         metadata: As for `SAE`.
         generator: Source of the random initial encoder and decoder; the global one if None.
 
@@ -76,12 +77,15 @@ class Transcoder(SAE):
         activation: Activation,
         *,
         skip: bool = False,
+        glu: bool = False,
         metadata: dict[str, Any] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         if d_out < 1:
             raise UnweaveError(f"a transcoder needs d_out of at least 1, got d_out={d_out}.")
-        super().__init__(d_in, d_sae, activation, apply_b_dec_to_input=False, metadata=metadata, generator=generator)
+        super().__init__(
+            d_in, d_sae, activation, apply_b_dec_to_input=False, glu=glu, metadata=metadata, generator=generator
+        )
         self.W_dec = nn.Parameter(nn.functional.normalize(torch.randn(d_sae, d_out, generator=generator), dim=1))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         self.register_parameter("W_skip", nn.Parameter(torch.zeros(d_out, d_in)) if skip else None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -114,6 +115,26 @@ class SparseCodes:
         ends = torch.tensor(widths, device=self.indices.device)
         rows = self.rows * len(widths) + torch.bucketize(self.indices, ends, right=True)
         return self.from_entries(rows, self.indices, self.values, self.n_rows * len(widths), self.d_sae)
+
+    def blocks(self, lengths: Sequence[int]) -> tuple[list[SparseCodes], Int64[Tensor, " nnz"]]:
+        """The codes of each of several blocks of latents by itself.
+
+        Args:
+            lengths: How many latents each block has, `d_sae` together.
+
+        Returns:
+            The codes block by block, without a graph, and which entries they are, one block after the other.
+        """
+        ends = list(accumulate(lengths))
+        of_block = torch.bucketize(self.indices, torch.tensor(ends, device=self.indices.device), right=True)
+        found = kernels.transpose(of_block, self.offsets, len(lengths))
+        sizes = found.offsets.diff().tolist()
+        entries = found.rows, self.indices[found.order], self.values.detach()[found.order]
+        parts = zip(*(entry.split(sizes) for entry in entries), lengths, ends, strict=True)
+        return [
+            self.from_entries(rows, indices - (end - length), values, self.n_rows, length)
+            for rows, indices, values, length, end in parts
+        ], found.order
 
     def firing_counts(self) -> Int64[Tensor, " d_sae"]:
         """How many rows each latent fires on (its value is not 0)."""

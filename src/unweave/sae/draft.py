@@ -43,6 +43,11 @@ class Draft:
     stored_names: dict[str, str] = field(default_factory=dict)
     kind: str | None = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the decoder, as it is stored."""
+        return self.tensors[next(name for name in self.sae.state_dict() if name.startswith("W_dec"))].dtype
+
     @torch.no_grad()
     def build(self, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> SAE:
         """The SAE with its weights, on a device, with nothing that learns.
@@ -57,14 +62,14 @@ class Draft:
         """
         sae, expected = self.sae, self.sae.state_dict()
         self._check(expected)
-        stored = self.tensors["W_dec"].dtype
+        stored = self.dtype
         dtype = dtype or stored
         # Folds are not to round weights that are cast afterwards.
         wide = torch.promote_types(torch.promote_types(stored, dtype), torch.float32) if self.folds else dtype
         if isinstance(sae.activation, Pursuit) and not sae.apply_b_dec_to_input:
             self.tensors["b_dec"] = torch.zeros_like(self.tensors["b_dec"])  # SAELens leaves it out of both
         # Those first that are transposed, which takes the tensor twice for a moment.
-        rows = {n: self.tensors.pop(n).T if n == "W_enc" else self.tensors.pop(n) for n in expected}
+        rows = {n: self.tensors.pop(n).T if n.startswith("W_enc") else self.tensors.pop(n) for n in expected}
         taken: set[int] = set()
         for name in sorted(rows, key=lambda name: rows[name].is_contiguous()):
             kept, tensor = torch.float32 if name == "threshold" else wide, rows[name]
@@ -78,7 +83,8 @@ class Draft:
             if name != "threshold" and not finite:
                 or_large = f", or too large for {_short(kept)}" if cast else ""
                 raise UnweaveError(f"{self._called(name)} in {self.where} holds values that are not finite{or_large}.")
-        sae.load_state_dict({n: tensor.T if n == "W_enc" else tensor for n, tensor in rows.items()}, assign=True)
+        weights = {n: tensor.T if n.startswith("W_enc") else tensor for n, tensor in rows.items()}
+        sae.load_state_dict(weights, assign=True)
         for name, buffer in sae.named_buffers():
             if buffer.is_meta:  # not part of files; zero by definition
                 setattr(sae, name, torch.zeros(buffer.shape, dtype=wide))
@@ -97,7 +103,7 @@ class Draft:
                 continue
             if tensor.dtype != dtype:
                 tensor.data = tensor.data.to(dtype)
-            if not is_finite(tensor.T if name == "W_enc" else tensor):
+            if not is_finite(tensor.T if name.startswith("W_enc") else tensor):
                 stored = self._called(name)
                 raise UnweaveError(f"{stored} in {self.where} is too large for {_short(dtype)} when it is folded.")
 

@@ -13,6 +13,9 @@ from unweave.sae.normalization import Normalization
 from unweave.sae.sae import SAE
 from unweave.sae.temporal import TemporalSAE
 
+_ROWS = 256
+"""Of a matrix that are worked on at a time."""
+
 
 @torch.no_grad()
 def fold_input_scale(
@@ -36,9 +39,20 @@ def fold_input_scale(
         return
     if isinstance(scale, Tensor):
         scale = scale.to(sae.device)
-    out = scale if target_scale is None else target_scale
+    if isinstance(target_scale, Tensor):
+        target_scale = target_scale.to(sae.device)
     sae.scale_encoder(scale)
-    sae.W_dec.div_(out)
+    fold_output_scale(sae, scale, target_scale)
+
+
+@torch.no_grad()
+def fold_output_scale(
+    sae: SAE, scale: float | Float[Tensor, " d_in"], target_scale: float | Float[Tensor, " d_out"] | None = None
+) -> None:
+    """The part of `fold_input_scale` behind the codes, in place: the decoder, its bias and a skip, of untied coders."""
+    out = scale if target_scale is None else target_scale
+    for block in sae.decoders:
+        block.div_(out[-block.shape[1] :] if isinstance(out, Tensor) else out)
     sae.b_dec.div_(out)
     if isinstance(sae, Transcoder) and sae.W_skip is not None:
         sae.W_skip.mul_(scale).div_(out[:, None] if isinstance(out, Tensor) else out)
@@ -89,18 +103,20 @@ def fold_normalization(sae: SAE, normalization: Normalization) -> None:
         sae.b_dec.add_(normalization.mean.to(sae.dtype))
         return
     scale, mean, dtype = normalization.scale, normalization.mean.double(), sae.dtype
-    W_enc, W_dec, b_dec = scale * sae.W_enc.double(), sae.W_dec.double() / scale, sae.b_dec.double() / scale
+    encoders = [(scale * W.double(), b) for W, b in sae.encoders]
+    W_dec, b_dec = sae.W_dec.double() / scale, sae.b_dec.double() / scale
     if normalization.matrix is not None:
         assert normalization.inverse is not None
-        W_enc = normalization.matrix @ W_enc
+        encoders = [(normalization.matrix @ W, b) for W, b in encoders]
         W_dec, b_dec = W_dec @ normalization.inverse, b_dec @ normalization.inverse
-    sae.W_enc.copy_(W_enc)
     sae.W_dec.copy_(W_dec)
     sae.b_dec.copy_(b_dec + mean)
     if not sae.apply_b_dec_to_input:
-        shift = (mean @ W_enc).to(dtype)
-        sae.activation.shift_parameters(sae, shift)
-        sae.b_enc.sub_(shift)
+        sae.activation.shift_parameters(sae, (mean @ encoders[0][0]).to(dtype))
+    for (own, b), (W, _) in zip(sae.encoders, encoders, strict=True):
+        own.copy_(W)
+        if not sae.apply_b_dec_to_input:
+            b.sub_((mean @ W).to(dtype))
 
 
 @torch.no_grad()
@@ -117,7 +133,9 @@ def fold_decoder_norms(sae: SAE) -> None:
     _refuse_temporal(sae)
     if not sae.activation.scales:
         raise UnweaveError(f"the codes of a {sae.activation.name} SAE do not scale, so they cannot take norms over.")
-    norms = sae.W_dec.double().norm(dim=1).to(sae.dtype)  # squares may leave the range of float32
+    # A copy of all rows would be twice as large as the matrix.
+    parts = [rows for block in sae.decoders for rows in block.split(_ROWS)]
+    norms = torch.cat([rows.double().norm(dim=1) for rows in parts]).to(sae.dtype)  # squares may leave float32's range
     norms = torch.where(norms > 0, norms, torch.ones_like(norms))
     if sae.tied:
         if not torch.allclose(norms, torch.ones_like(norms), rtol=1e-4):
@@ -128,7 +146,8 @@ def fold_decoder_norms(sae: SAE) -> None:
             f"the decoder norms of this {sae.activation.name} SAE differ ({norms.min():.4g} to {norms.max():.4g}), so "
             "folding them would change which latents are selected."
         )
-    sae.W_dec.div_(norms[:, None])
+    for block, own in sae.with_decoders(norms):
+        block.div_(own[:, None])
     sae.W_enc.mul_(norms)
     sae.b_enc.mul_(norms)
     if sae.threshold is not None:

@@ -18,7 +18,7 @@ from unweave._mapped import map_tensors
 from unweave.sae import temporal_files
 from unweave.sae.activation import ACTIVATIONS, Activation
 from unweave.sae.activation_fns import Gated
-from unweave.sae.coder_files import build, from_file, split_name
+from unweave.sae.coder_files import build, split_name
 from unweave.sae.draft import Draft, on_meta, rename_gate
 from unweave.sae.files import ARCHITECTURES, CONFIG, FIELDS, KNOWN_KEYS, WEIGHTS
 from unweave.sae.normalization import PER_TOKEN
@@ -107,6 +107,7 @@ def draft(config: Config, tensors: dict[str, Tensor], folder: Path) -> Draft:
     _check(config, where)
     named = config["architecture"]
     architecture, kind = split_name(named)
+    glu, architecture = architecture.endswith("_glu"), architecture.removesuffix("_glu")
     config = config | {"architecture": architecture}
     unknown = {k: v for k, v in config.items() if k not in KNOWN_KEYS}
     metadata = dict(config.get("metadata") or {}) | ({"unknown_keys": unknown} if unknown else {})
@@ -116,7 +117,7 @@ def draft(config: Config, tensors: dict[str, Tensor], folder: Path) -> Draft:
         sae: SAE = on_meta(lambda: temporal_files.sae_for(config, tensors, metadata, str(folder / CONFIG)))
     else:
         activation, tied = _activation(config, where), _is_tied(config, tensors)
-        sae = on_meta(lambda: build(kind, config, activation, folder / CONFIG, tied=tied, metadata=metadata))
+        sae = on_meta(lambda: build(kind, config, activation, folder / CONFIG, tied=tied, glu=glu, metadata=metadata))
     if "topk_threshold" in tensors:
         tensors["threshold"] = tensors.pop("topk_threshold").float()
     if "log_threshold" in tensors:  # some older JumpReLU checkpoints
@@ -127,7 +128,6 @@ def draft(config: Config, tensors: dict[str, Tensor], folder: Path) -> Draft:
         sae.per_token = config["normalize_activations"]
     if isinstance(sae.activation, Gated):
         rename_gate(tensors, repr(str(file)))
-    tensors = from_file(sae, tensors, file)
     ranks_by_norm = config.get("rescale_acts_by_decoder_norm") and architecture.endswith("topk")
     stored_names = {"b_enc": "b_gate"} if isinstance(sae.activation, Gated) else {}
     return Draft(
@@ -173,7 +173,9 @@ def fold_ranking_norms(sae: SAE) -> None:
 
     SAELens may do so, and divide again in decode: on unit rows that is the plain form.
     """
-    norms = torch.linalg.vector_norm(sae.W_dec, dim=1, dtype=torch.float32).clamp(min=1e-8)
-    sae.W_dec.div_(norms[:, None])
+    found = [torch.linalg.vector_norm(block, dim=1, dtype=torch.float32) for block in sae.decoders]
+    norms = torch.cat(found).clamp(min=1e-8)
+    for block, own in sae.with_decoders(norms):
+        block.div_(own[:, None])
     sae.W_enc.mul_(norms)
     sae.b_enc.mul_(norms)

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from unweave import kernels
 from unweave._errors import UnweaveError
 from unweave.kernels import Selection
-from unweave.sae import ops
+from unweave.sae import encoding, ops
 from unweave.sae.activation import Activation
-from unweave.sae.activation_fns import AbsTopK, BatchTopK, TopK
+from unweave.sae.activation_fns import AbsTopK, BatchTopK, Gated, TopK
 from unweave.sae.codes import Codes, DenseCodes, SparseCodes
 from unweave.sae.normalization import PerToken, token_statistics
 from unweave.sae.persistence import Persistent
 from unweave.sae.pursuit import Pursuit
+from unweave.sae.weights import Weights
 
 DENSE_ABOVE = 0.05
 """Density of a training step's entries above which dense products are faster than sparse ones."""
@@ -44,7 +45,7 @@ class TrainingCodes(NamedTuple):
     """Pre-activations that a larger k selects beside the entries of `codes`, if one was asked for."""
 
 
-class SAE(Persistent, nn.Module):
+class SAE(Persistent, Weights, nn.Module):
     """A sparse autoencoder.
 
     Args:
@@ -53,6 +54,8 @@ class SAE(Persistent, nn.Module):
         activation: `TopK(k)`, `ReLU()` or another of `unweave.sae.ACTIVATIONS`.
         apply_b_dec_to_input: Whether the decoder's bias is subtracted from the input before encoding.
         tied: Whether the decoder's rows encode too, so that W_enc is W_dec transposed. Pursuits always are.
+        glu: Whether pre-activations are multiplied by `sigmoid((x - b_dec) @ W_enc_glu + b_enc_glu)`, which starts at
+            1/2 everywhere; see `unweave.sae.encoding`.
         metadata: Where the SAE comes from (model, hook, data, ...); JSON values, saved with the weights.
         generator: Source of the random initial decoder; the global one if None.
 
@@ -61,15 +64,18 @@ class SAE(Persistent, nn.Module):
             its reconstruction scaled back; None (default) where it is not.
         W_enc: `(d_in, d_sae)`, laid out latent by latent in memory.
         b_enc: `(d_sae,)`; of a Gated SAE, the gate's bias.
+        W_enc_glu, b_enc_glu: The second factor's, as `W_enc` and `b_enc`; None without one.
         W_dec: `(d_sae, d_in)`, rows of unit norm unless trained otherwise.
         b_dec: `(d_in,)`.
         threshold: float32; `(d_sae,)` for JumpReLU, a scalar (NaN until calibrated) for BatchTopK, else None.
         r_mag, b_mag: `(d_sae,)`, log gain and bias of a Gated SAE's codes; other SAEs have none.
 
     Raises:
-        UnweaveError: If a width is not positive, or the activation function does not go with d_sae.
+        UnweaveError: If a width is not positive, or the activation function does not go with d_sae or with `glu`.
     """
 
+    W_enc_glu: Tensor | None
+    b_enc_glu: Tensor | None
     threshold: Tensor | None
     r_mag: Tensor
     b_mag: Tensor
@@ -82,6 +88,7 @@ class SAE(Persistent, nn.Module):
         *,
         apply_b_dec_to_input: bool = True,
         tied: bool = False,
+        glu: bool = False,
         metadata: dict[str, Any] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -103,6 +110,11 @@ class SAE(Persistent, nn.Module):
             self.register_buffer("b_enc", torch.zeros(d_sae), persistent=False)
         else:
             self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        if glu and (self.tied or isinstance(activation, Gated)):
+            kind = "a tied" if self.tied else "a Gated"
+            raise UnweaveError(f"a gated linear unit is a second encoder, and {kind} SAE's codes follow from one.")
+        self.register_parameter("W_enc_glu", nn.Parameter(torch.zeros(d_sae, d_in).T) if glu else None)
+        self.register_parameter("b_enc_glu", nn.Parameter(torch.zeros(d_sae)) if glu else None)
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         threshold = None
         if activation.threshold_shape is not None:
@@ -119,19 +131,6 @@ class SAE(Persistent, nn.Module):
         if name == "W_enc" and self.__dict__.get("tied"):
             return self.W_dec.T
         return super().__getattr__(name)
-
-    @property
-    def device(self) -> torch.device:
-        return self.W_dec.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.W_dec.dtype
-
-    @property
-    def d_out(self) -> int:
-        """Width of the output: that of the input, but for transcoders."""
-        return self.W_dec.shape[1]
 
     def _rows(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "n d_in"]:
         if x.shape[-1:] != (self.d_in,):
@@ -177,10 +176,11 @@ class SAE(Persistent, nn.Module):
                 f"this SAE undoes {self.per_token} on its output, which takes the tokens: call output(codes, x)."
             )
         if isinstance(features, SparseCodes):
-            return ops.decode(features, self.W_dec) + self.b_dec
+            return ops.decode(features, self.decoders) + self.b_dec
         if isinstance(features, DenseCodes):
             features = features.values
-        return features.to(self.dtype) @ self.W_dec + self.b_dec
+        rows = DenseCodes(features.to(self.dtype).reshape(-1, self.d_sae))
+        return ops.decode(rows, self.decoders).reshape(*features.shape[:-1], self.d_out) + self.b_dec
 
     def constant(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "*n d_out"]:
         """What the output is where no latent fires: the decoder's bias. A coder with a skip adds that of `x`."""
@@ -189,12 +189,8 @@ class SAE(Persistent, nn.Module):
     def output(self, codes: Codes, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"]:
         """The output for inputs `x` whose codes are known."""
         x = x.to(self.dtype)
-        made = ops.decode(codes, self.W_dec) + self.constant(x)
+        made = ops.decode(codes, self.decoders) + self.constant(x)
         return made if self.per_token is None else token_statistics(x, self.per_token).undo(made)
-
-    def decoder_norms(self) -> Float[Tensor, " d_sae"]:
-        """Norm of each latent's decoder row, as penalties weigh its codes; finite gradients for rows of zeros."""
-        return ops.row_norms(self.W_dec)
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
         """The reconstruction of `x`, in the shape and dtype of `x`; of a transcoder, the output that it predicts."""
@@ -267,34 +263,36 @@ class SAE(Persistent, nn.Module):
 
     def selected(self, centred: Float[Tensor, "n d_in"], spec: kernels.Spec, max_density: float = 1.0) -> Selection:
         """What a selection keeps of the pre-activations; see `unweave.kernels.encode_select`."""
-        return kernels.encode_select(centred, self.W_enc, self.b_enc, spec, max_density=max_density)
+        return encoding.encode_select(centred, self.encoders, spec, max_density)
 
     def strongest(self, centred: Float[Tensor, "n d_in"], latents: Int64[Tensor, " c"], k: int) -> Selection:
         """The `k` strongest of some latents for each token."""
         # The dead are few: their columns by themselves cost less than looking for them among all the others.
         spec = kernels.Largest(min(k, len(latents)), magnitude=self.activation.signed)
-        found = kernels.encode_select(centred, self.W_enc.T[latents].T, self.b_enc[latents], spec)
+        found = encoding.encode_select(centred, [(W.T[latents].T, b[latents]) for W, b in self.encoders], spec)
         return found._replace(indices=latents[found.indices])
 
     def pre_activations(self, centred: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
         """All pre-activations, as a dense tensor; a pre-encoder bias is subtracted already."""
-        return torch.addmm(self.b_enc, centred, self.W_enc)
+        return encoding.pre_activations(centred, self.encoders)
 
     def encoded_at(self, x: Float[Tensor, "n d_in"], pre: ops.AnyCodes) -> ops.AnyCodes:
         """Pre-activations that are known at some entries, with gradients."""
-        return ops.encode_at(x, self._bias_of_input(), self.W_enc, self.b_enc, pre)
+        return encoding.encoded_at(x, self._bias_of_input(), self.encoders, pre)
 
     def by_input(self, x: Float[Tensor, "n d_in"], latents: Int64[Tensor, " c"]) -> list[tuple[Tensor, Tensor]]:
         """Inputs, and those of the latents that read them."""
         return [(x, latents)]
 
-    def mask_gradients(self) -> None:
-        """Take gradients out of weights that stay 0, after a backward pass; there are none."""
+    def decoder_rows(self, latents: Int64[Tensor, " c"]) -> Float[Tensor, "c d_out"]:
+        """Rows of the decoder, of latents in ascending order, with their gradients."""
+        return self.W_dec[latents]
 
     @torch.no_grad()
     def scale_encoder(self, scale: float | Float[Tensor, " d_in"]) -> None:
         """Multiply the encoder's rows, each by the factor of its input."""
-        self.W_enc.mul_(scale[:, None] if isinstance(scale, Tensor) else scale)
+        for W, _ in self.encoders:
+            W.mul_(scale[:, None] if isinstance(scale, Tensor) else scale)
 
     def extra_repr(self) -> str:
         return f"d_in={self.d_in}, d_sae={self.d_sae}, activation={self.activation}"
