@@ -16,7 +16,7 @@ import pytest
 from unweave.cli import main
 from unweave.cli.train import TrainArgs
 from unweave.objectives import EndToEnd
-from unweave.sae import SAE, TopK, Transcoder
+from unweave.sae import SAE, MatchingPursuit, TopK, Transcoder
 
 SMALL = ["--tokens", "2000", "--batch-size", "256", "--context", "32"]
 FRESH = ["--d-sae", "64", "--k", "4", "--buffer", "1024", "--eval-tokens", "0"]
@@ -76,6 +76,68 @@ def test_it_is_better_afterwards_and_the_other_commands_take_it(
     unweave("info", out / "sae")
     unweave("eval", out / "sae", "--tokens", "500")
     unweave("dashboard", out / "sae", "--tokens", "1000", "--features", "2", "--out", tmp_path / "page.html")
+
+
+@pytest.mark.parametrize(
+    ("hooks", "what"),
+    [
+        (["--hooks", "h.1.mlp:in", "--target", "h.1.mlp", "--skip"], "decoder"),
+        (["--hooks", "resid_post.0", "resid_post.1", "--coder", "crosscoder"], "end_to_end"),
+        (["--hooks", "h.1.mlp:in", "h.2.mlp:in", "--target", "h.1.mlp", "h.2.mlp", "--coder", "clt"], "scale"),
+    ],
+    ids=["transcoder", "crosscoder", "clt"],
+)
+def test_coders_of_every_kind(
+    hooks: list[str], what: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """pitfall_177: what a run has saved is fine-tuned where it belongs, and compared at each hook that it predicts."""
+    first, out = tmp_path / "first", tmp_path / "tuned"
+    unweave("train", "--data", text, *SMALL, *FRESH, "--lr", "2e-3", *hooks, "--out", first)
+    capsys.readouterr()
+    small = ["--tokens", "1500", "--batch-size", "128", "--lr", "3e-3", "--eval-tokens", "400"]
+    unweave("finetune", first / "sae", "--what", what, *small, "--out", out)
+    printed = capsys.readouterr().out
+    start, tuned = SAE.load(first / "sae"), SAE.load(out / "sae")
+    assert type(tuned) is type(start)
+    assert tuned.metadata["finetuning"]["method"] == what
+    after = sorted(path.name for path in out.glob("eval*.json") if "before" not in path.name)
+    before = sorted(path.name.replace("_before", "") for path in out.glob("eval_before*.json"))
+    assert before == after
+    assert len(after) == (1 if what == "decoder" else 2) == printed.count("loss recovered") // 2
+    key = (
+        ("model_behavior_preservation", "kl_div_with_sae")
+        if what == "end_to_end"
+        else ("reconstruction_quality", "mse")
+    )
+    sums = [0.0, 0.0]
+    for name in after:
+        for i, file in enumerate((name.replace("eval", "eval_before"), name)):
+            sums[i] += json.loads((out / file).read_text())["eval_result_metrics"][key[0]][key[1]]
+    assert sums[1] < sums[0]
+
+
+def test_one_of_the_saes_of_a_run(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By its path, or by the end of it beside the run's; without a name, one sentence says which there are."""
+    run = tmp_path / "run"
+    unweave("train", "--data", text, *SMALL, *FRESH, "--hooks", "resid_post.0", "resid_post.1", "--out", run)
+    capsys.readouterr()
+    small = ["--tokens", "300", "--batch-size", "128", "--what", "scale", "--eval-tokens", "0"]
+    for arguments, message in (
+        ([], r"has no SAE in it; there is one in '.*transformer.h.0/00_topk', '.*transformer.h.1/00_topk'\.$"),
+        (["00_topk"], r"2 SAEs whose path ends in '00_topk'; there is 'saes/transformer.h.0/00_topk', '"),
+        (
+            ["transformer.h.7"],
+            r"no SAE whose path ends in 'transformer.h.7'; there is 'saes/transformer.h.0/00_topk', ",
+        ),
+    ):
+        unweave("finetune", run, *arguments, *small, "--out", tmp_path / "out", check=2)
+        errors = capsys.readouterr().err.strip().splitlines()
+        assert len(errors) == 1
+        assert re.search(message, errors[0]), errors
+    unweave("finetune", run, "transformer.h.1/00_topk", *small, "--out", tmp_path / "named")
+    unweave("finetune", run / "saes" / "transformer.h.1" / "00_topk", *small, "--out", tmp_path / "path")
+    assert files_of(tmp_path / "named" / "sae") == files_of(tmp_path / "path" / "sae")
+    assert SAE.load(tmp_path / "named" / "sae").metadata["hf_hook_name"] == "transformer.h.1"
 
 
 def killed(arguments: list[object], when: Callable[[], bool]) -> None:
@@ -145,7 +207,9 @@ def test_killed_at_twenty_moments(killer: Callable[..., None], sae: Path, text: 
         (["SAE", "--hook", "transformer.h.1.mlp.act"], "width 224, and those at"),
         (["SAE", "--model", "demo-vit"], "demo-vit|transformer.h.1"),
         (["SAE", "--data", "missing.txt"], "missing.txt"),
-        (["transcoder"], "takes an autoencoder, and this is a Transcoder"),
+        (["transcoder"], "does not say which hook it predicts; pass --target"),
+        (["transcoder", "--target", "transformer.h.2"], "predicts activations of width 128, and those at"),
+        (["pursuit"], "chooses each atom by what the atoms before it leave .* it can be trained end to end"),
         (["unknown"], "does not say which"),
         (["--resume"], "config"),
     ],
@@ -157,8 +221,9 @@ def test_wrong_input_is_one_sentence(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     where = {"hf_hook_name": "transformer.h.1", "model_name": "demo", "dataset_path": "stdlib"}
-    Transcoder(224, 224, 8, TopK(2), metadata=where).save("transcoder")
+    Transcoder(224, 128, 8, TopK(2), metadata=where).save("transcoder")
     SAE(224, 8, TopK(2)).save("unknown")
+    SAE(224, 8, MatchingPursuit(2), metadata=where).save("pursuit")
     before = sorted(tmp_path.iterdir())
     capsys.readouterr()
     unweave("finetune", *(str(sae) if each == "SAE" else each for each in arguments), check=2)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import unweave
 from unweave._errors import UnweaveError
@@ -15,7 +16,7 @@ from unweave.activations import DataConfig, MaskConfig, TokenRows
 from unweave.evaluation import ReconstructionSums, evaluate
 from unweave.evaluation import metrics as m
 from unweave.models import Hook, LoadedModel, capture, resolve_hooks
-from unweave.sae import SAE, BatchTopK, ReLU, Temporal, TemporalSAE, TopK, fold_input_scale
+from unweave.sae import SAE, BatchTopK, JumpReLU, ReLU, Temporal, TemporalSAE, TopK, fold_input_scale
 
 BOS, PAD = 0, 1
 HOOK = "transformer.h.0"
@@ -35,7 +36,7 @@ def numbers_of(report):
 
 
 def test_two_evaluations_are_equal(gpt2, sae, documents):
-    """pitfall_009 and pitfall_037: nothing is random; other held-out documents come first under another seed."""
+    """pitfall_009, 37, 38: nothing is random; other held-out documents come first under another seed."""
     runs = [evaluate(sae, model=gpt2, data=documents, tokens=200, data_config=CONFIG, seed=s) for s in (0, 0, 1)]
     assert json.dumps(numbers_of(runs[0])) == json.dumps(numbers_of(runs[1]))
     assert runs[0].provenance["data"]["token_sha256"] != runs[2].provenance["data"]["token_sha256"]
@@ -69,6 +70,7 @@ def test_counts_are_those_of_the_mask(gpt2, sae, batches):
 
 
 def test_sums_match_a_plain_computation(gpt2, sae, batches):
+    """pitfall_032: no logger is on."""
     (batch,) = batches
     report = evaluate(sae, model=gpt2, data=batches, tokens=10**6, masks=MaskConfig(norm_multiple=None))
     (x,) = capture(gpt2.module, [Hook("transformer.h.0")], input_ids=batch.ids).values()
@@ -153,6 +155,40 @@ def test_as_many_tokens_as_asked_for(gpt2, sae, batches):
         for n in (1, 3, 32):
             report = evaluate(sae, model=gpt2, data=batches, tokens=asked, batch_prompts=n)
             assert report.provenance["data"]["prompts"] == prompts
+
+
+def test_a_result_that_is_there_is_never_taken_for_another(gpt2, sae, documents, tmp_path):
+    """pitfall_034: a file of other settings is computed anew and replaced, and says what it was computed from."""
+    path, found = tmp_path / "eval.json", []
+    for seed in (0, 1):
+        evaluate(sae, model=gpt2, data=documents, tokens=200, data_config=CONFIG, seed=seed).save(path)
+        ours = json.loads(path.read_text())["eval_result_unstructured"]
+        found.append((ours["provenance"]["seed"], ours["provenance"]["data"]["token_sha256"], ours["metrics"]))
+    assert [seed for seed, _, _ in found] == [0, 1]
+    assert found[0][1] != found[1][1]
+    assert found[0][2] != found[1][2]
+
+
+def test_sums_stay_on_the_device(gpt2, sae, batches):
+    """pitfall_039: ten passes take no more numbers off it than one does, beyond those that their shapes ask for."""
+
+    class Waits(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    sums, x = ReconstructionSums(), torch.randn(40, 16)
+    with Waits() as waits:
+        for part in x.split(4):
+            sums.update(part, sae(part))
+    alone = waits.count
+    with Waits() as waits:
+        for part in x.split(4):
+            sae(part)
+    assert alone == waits.count  # the SAE's own; the twelve sums add none
+    assert m.explained_variance(sums) is not None
 
 
 def test_progress_is_told(gpt2, sae, batches):
@@ -283,6 +319,16 @@ def test_tokens_of_another_model(gpt2, sae, token_batch):
         evaluate(sae, model=gpt2, data=[token_batch([[5] * 33])])
     with pytest.raises(UnweaveError, match="different lengths"):
         evaluate(sae, model=gpt2, data=[token_batch([[5] * 3]), token_batch([[5] * 4])])
+
+
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec", "threshold"])
+def test_a_broken_sae_is_an_error(name, gpt2, batches):
+    """pitfall_033: of two SAEs the broken one stops the script that measures both, and is not a row of nulls in it."""
+    whole, broken = (SAE(16, 48, JumpReLU(0.1), metadata={"hf_hook_name": HOOK}).requires_grad_(False) for _ in "ab")
+    getattr(broken, name)[..., 0] = torch.nan
+    assert evaluate(whole, model=gpt2, data=batches, tokens=50)["l0"] is not None
+    with pytest.raises(UnweaveError, match=f"{name} of the SAE holds values that are NaN or infinite"):
+        evaluate(broken, model=gpt2, data=batches, tokens=50)
 
 
 def test_activations_that_are_not_finite(gpt2, sae, batches):

@@ -55,6 +55,7 @@ def without_behaviour(gpt2, sae, batches):
 
 
 def test_the_shape_of_saebench(report):
+    """pitfall_021: every key is there, and no other one."""
     result = report.to_json()
     assert set(result) == TOP
     assert {category: set(metrics) for category, metrics in result["eval_result_metrics"].items()} == SCHEMA

@@ -223,6 +223,38 @@ def test_densities():
     assert histogram == {"log10_edges": [-2, -1.5, -1, -0.5, 0], "counts": [1, 1, 0, 1], "dead": 1}
 
 
+def test_no_density_is_claimed_that_the_sample_cannot_resolve():
+    """pitfall_027: of 100,000 tokens, a latent that fires once is in the lowest bin, which ends at one firing."""
+    sums, n = CodeSums(3), 100_000
+    rows = torch.tensor([0, 5, 70])
+    once_and_twice = SparseCodes.from_entries(rows, torch.tensor([1, 2, 2]), torch.ones(3), n, 3)
+    sums.update(once_and_twice)
+    histogram = m.density_histogram(sums)
+    assert 10 ** histogram["log10_edges"][0] == pytest.approx(1 / n)
+    assert histogram["counts"][0] == 2
+    assert (m.n_dead(sums), histogram["dead"]) == (1, 1)
+    assert m.frac_alive(sums) == pytest.approx(2 / 3)
+
+
+def test_sums_do_not_grow_with_the_tokens():
+    """pitfall_040: nothing is kept for each token; ten times the tokens take the same memory."""
+
+    def held(sums):
+        sizes = {torch.Tensor: torch.Tensor.numel, list: len, dict: len}
+        return [sizes.get(type(value), lambda _: 1)(value) for value in vars(sums).values()]
+
+    sizes = []
+    for n in (100, 1000):
+        reconstruction, firing = ReconstructionSums(), CodeSums(6)
+        for _ in range(10):
+            x = torch.randn(n // 10, 4)
+            reconstruction.update(x, x + 1)
+            firing.update(SparseCodes.from_dense(torch.randn(n // 10, 6).relu()), torch.arange(n // 10) // 5)
+        sizes.append(held(reconstruction) + held(firing))
+        assert (reconstruction.n_tokens, firing.n_tokens) == (n, n)
+    assert sizes[0] == sizes[1]
+
+
 def test_density_histogram_holds_every_living_latent():
     dense = (torch.rand(1000, 50) < torch.rand(50) ** 3).float()
     sums = CodeSums(50)
@@ -241,7 +273,7 @@ def density_above_0(sums):
 
 
 def test_consistent_activation():
-    """Firings per prompt with a firing; prompts of different batches are different prompts."""
+    """pitfall_030: firings per prompt with a firing; prompts of different batches are different prompts."""
     sums = CodeSums(3)
     sums.update(codes([[1.0, 0, 0], [1, 0, 0], [0, 1, 0]]), torch.tensor([0, 0, 1]))
     sums.update(codes([[1.0, 0, 0]]), torch.tensor([0]))

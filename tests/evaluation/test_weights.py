@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unweave.evaluation import encoder_decoder_cosine, max_cosine
 
@@ -13,6 +14,24 @@ def test_tiles_give_what_the_full_matrix_gives(tile):
     cosines = normalize(vectors, dim=1) @ normalize(vectors, dim=1).T
     expected = cosines.fill_diagonal_(-1).amax(1)
     assert torch.allclose(max_cosine(vectors, tile), expected, atol=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that anything returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.numel = max(self.numel, made.numel() if isinstance(made, torch.Tensor) else 0)
+        return made
+
+
+def test_similarities_of_all_pairs_are_never_in_memory():
+    """pitfall_171: of 3,000 latents they would be nine million numbers."""
+    with Largest() as largest:
+        max_cosine(torch.randn(3000, 4), 100)
+    assert largest.numel <= 3000 * 4
 
 
 def test_a_copy_is_found_and_an_opposite_is_not():

@@ -181,7 +181,7 @@ def test_the_command_line_names_what_there_is():
 @pytest.mark.parametrize("kind", ["center", "whiten", "layer_norm", "constant_norm_rescale"])
 @pytest.mark.parametrize("name", ["relu", "batchtopk", "jumprelu", "gated", "tanhrelu"])
 def test_training_on_normalised_inputs(kind, name, tmp_path):
-    """The finished SAE takes raw activations and gives what the trainee gives on normalised ones."""
+    """pitfall_135, 142: the finished SAE takes raw activations and gives what the trainee gives on normalised ones."""
     batches = [features(256, seed) for seed in range(60)]
     config = replace(CONFIGS[name], normalize=kind)
     trainee = Trainee(config, batches[0], steps=60, tokens=256 * 60, seed=0)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -28,6 +29,31 @@ CONFIGS = [
 def test_round_trip_through_json(sae):
     config = TrainConfig(saes=(sae, SAEConfig()), hooks=("a", "b"), out="x", checkpoint_every=100)
     assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def leaves(value, path=""):
+    """The names of all settings, down to the last."""
+    if isinstance(value, dict):
+        return {leaf for name, inner in value.items() for leaf in leaves(inner, f"{path}.{name}")}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return leaves(value[0], path)
+    return {path}
+
+
+def test_a_saved_config_keeps_its_meaning_when_defaults_change():
+    """pitfall_278: every setting is written, whether it was given or not, and one that is no more is an error."""
+    saved = to_dict(TrainConfig(saes=(SAEConfig(activation=JumpReLU()),)))
+    assert leaves(saved).issuperset({f".{field.name}" for field in dataclasses.fields(TrainConfig)} - NESTED)
+    assert leaves(saved).issuperset({f".saes.{field.name}" for field in dataclasses.fields(SAEConfig)} - NESTED)
+    for part in (saved["text"], saved["masks"], saved["saes"][0]["auxk"], saved["saes"][0]["activation"]):
+        assert len(part) >= 3
+    assert saved["saes"][0]["activation"].keys() == {f.name for f in dataclasses.fields(JumpReLU)} | {"type"}
+    for name, value in (("warm_up", 0.1), ("train_batch_size_tokens", 4096)):
+        with pytest.raises(UnweaveError, match=name):
+            from_dict(SAEConfig, saved["saes"][0] | {name: value})
+
+
+NESTED = {".saes", ".text", ".images", ".masks", ".saes.activation", ".saes.auxk"}
 
 
 def test_defaults_by_activation():
@@ -140,6 +166,8 @@ def test_objectives_that_make_no_sense_together(settings, message):
 
 
 def test_the_ring_holds_at_least_a_batch():
+    """pitfall_163: by default, too."""
+    assert TrainConfig().ring_size >= TrainConfig().batch_size
     assert TrainConfig(batch_size=4096, buffer=10).ring_size == 4096
 
 

@@ -14,7 +14,7 @@ from unweave.models import LoadedModel, resolve_hooks, splice
 from unweave.objectives import AuxK, EndToEnd, Matryoshka, TargetL0, kl_loss
 from unweave.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK, Transcoder
 from unweave.training import SAEConfig, Start, TrainConfig, train
-from unweave.training.finetune import move_bias
+from unweave.training.decoder_tuning import move_bias
 from unweave.training.train import prepare
 
 HOOK = "transformer.h.0"
@@ -127,12 +127,6 @@ def test_a_model_that_predicts_no_tokens(model):
         train(settings(SAEConfig(d_sae=32, activation=TopK(4)), EndToEnd(), hooks=("h.0",)), model=headless, data=["a"])
 
 
-def uneven():
-    sae = SAE(16, 32, TopK(4))
-    sae.W_dec.data[0] *= 2
-    return sae
-
-
 def explode():
     raise AssertionError("text was read")
     yield
@@ -149,8 +143,7 @@ def explode():
             {"config": None, "start": SAE(16, 32, TopK(4), metadata={"hook_name": "blocks.1.hook_resid_post"})},
             "is of the hook 'blocks.1.hook_resid_post'",
         ),
-        ({"config": None, "start": uneven()}, "rows of this topk SAE have different norms"),
-        ({"config": None, "start": Transcoder(16, 16, 32, TopK(4))}, "takes an autoencoder, and this is a Transcoder"),
+        ({"config": None, "start": Transcoder(16, 16, 32, TopK(4))}, "give targets, one for each"),
         ({"config": SAEConfig(d_sae=64, activation=TopK(4)), "start": SAE(16, 32, TopK(4))}, "d_sae=32"),
         ({"model_precision": "bf16"}, "runs the model as it is"),
         ({"hooks": "transformer.h.1", "loss": EndToEnd(downstream=1.0, hooks=(HOOK,))}, "does not come after"),
@@ -176,6 +169,21 @@ def test_masked_tokens_keep_their_activation(model, texts):
     assert changed[:, 5].all()
     changed[:, 5] = False
     assert not changed.any()
+
+
+def test_the_budget_of_a_batch_is_that_of_its_unmasked_tokens(model, texts):
+    """pitfall_044: BatchTopK's k counts neither masked tokens nor padding, and what they hold changes no code."""
+    config = settings(
+        SAEConfig(d_sae=32, activation=BatchTopK(4)), EndToEnd(), prompts=4, tokens=500,
+        masks=MaskConfig(positions="5:", special_tokens=False, norm_multiple=None),
+    )  # fmt: skip
+    session = prepare(config, model, texts)
+    with session.batches() as batches:
+        (site,) = session.sites[0]
+        trainee = session.make(config.saes[0], site, batches.peek(0), steps=10, tokens=500, seed=0)
+        x = site.rows(next(batches)).x
+        assert len(x) == 4 * 11
+        assert trainee.step(x).l0 == 4 * len(x)
 
 
 def test_masks_that_leave_nothing(model):

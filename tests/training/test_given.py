@@ -34,6 +34,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any, texts: Any
 def test_a_default_that_is_given_is_not_one_that_was_left_out(
     stored: Path, options: dict[str, Any], sentence: str
 ) -> None:
+    """pitfall_355"""
     with pytest.raises(UnweaveError, match=sentence):
         TrainArgs(data=str(stored), **options).prepared()
 

@@ -38,6 +38,7 @@ def assert_equal(one, other):
 
 
 def test_in_bf16_the_ring_holds_bf16_and_the_model_stays_in_fp32(settings, tiny_model, texts):
+    """pitfall_164"""
     config = settings(model_precision="bf16")
     session = prepare(config, tiny_model, texts)
     plan = session.plan()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -75,6 +76,7 @@ def interrupt_after(monkeypatch, steps, number=signal.SIGINT):
 
 
 def test_a_run_and_its_files(config, tiny_model):
+    """pitfall_169, 190, 276: no logger and no network; the run's config and each SAE's are files of their own."""
     result = train(config, model=tiny_model, progress=False)
     out = config_path(config)
     hooks = ["transformer.h.0"] * len(SAES) + ["transformer.h.1.mlp"] * len(SAES)
@@ -84,6 +86,12 @@ def test_a_run_and_its_files(config, tiny_model):
         loaded, x = SAE.load(folder), torch.randn(20, 16)
         torch.testing.assert_close(loaded(x), sae(x))
         assert type(SAE.load(folder / "training").activation) is type(sae.activation)
+        file = json.loads((folder / "cfg.json").read_text())
+        assert (file["d_in"], file["normalize_activations"]) == (16, "none")
+        assert not {"saes", "tokens", "batch_size"} & file.keys()
+        said = loaded.metadata
+        assert (said["model_name"], said["context_size"], said["training_tokens"]) == ("tiny", 16, 5000)
+        assert {"hf_hook_name", "dataset_path", "masks", "text", "tokenizer_fingerprint", "training"} <= said.keys()
     rows = [json.loads(line) for line in (config_path(config) / "metrics.jsonl").read_text().splitlines()]
     assert rows == result.history
     assert rows[-1]["tokens"] == 5000  # pitfall_160: the budget is met exactly
@@ -92,6 +100,7 @@ def test_a_run_and_its_files(config, tiny_model):
 
 
 def test_one_sae_lies_in_sae(config, tiny_model):
+    """pitfall_196: folders are those that were asked for."""
     config = dataclasses.replace(config, hooks=("resid_post.0",), saes=SAES[:1], tokens=500)
     (folder,) = train(config, model=tiny_model, progress=False).folders
     assert folder == config_path(config) / "sae"
@@ -106,7 +115,7 @@ def test_two_runs_are_equal(config, tiny_model):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_interrupted_and_resumed_is_bit_equal(config, tiny_model, monkeypatch, number):
-    """pitfall_178, pitfall_179, pitfall_109, pitfall_184: weights, moments, schedules, ring, counters, metrics."""
+    """pitfall_109, 136, 178, 179, 183, 184: weights, moments, schedules, ring, counters and metrics, of every SAE."""
     whole = train(dataclasses.replace(config, out=config.out + "-whole"), model=tiny_model, progress=False)
     for steps in (7, 21):
         interrupt_after(monkeypatch, steps, number)
@@ -156,6 +165,21 @@ def test_folders_are_not_overwritten_by_accident(config, tiny_model):
     train(config, model=tiny_model, overwrite=True, progress=False)
 
 
+def test_overwriting_a_run_leaves_what_is_not_of_it(config, tiny_model):
+    config = dataclasses.replace(config, tokens=500)
+    train(config, model=tiny_model, progress=False)
+    notes = config_path(config) / "notes.tex"
+    notes.write_text("mine")
+    train(config, model=tiny_model, overwrite=True, progress=False)
+    assert notes.read_text() == "mine"
+    inside = next((config_path(config) / "saes").glob("*/*")) / "notes.tex"
+    notes.rename(inside)
+    with pytest.raises(UnweaveError, match=r"notes\.tex' is not of the run that is to be replaced"):
+        train(config, model=tiny_model, overwrite=True, progress=False)
+    assert inside.read_text() == "mine"
+    assert (inside.parent / "cfg.json").exists()
+
+
 def test_resuming_another_run_is_refused(config, tiny_model, monkeypatch):
     interrupt_after(monkeypatch, 7)
     with pytest.raises(TrainingInterrupted):
@@ -178,7 +202,7 @@ def test_a_finished_run_is_resumed_as_it_is(config, tiny_model, monkeypatch):
 
 
 def test_killed_before_the_first_checkpoint(config, tiny_model, monkeypatch, capsys):
-    """pitfall_170: whatever it left behind, the run starts at its beginning, as if it had not been begun."""
+    """pitfall_170, 182: whatever it left behind, the run starts at its beginning, as if it had not been begun."""
     config = dataclasses.replace(config, tokens=1500)
     whole = train(dataclasses.replace(config, out=config.out + "-whole"), model=tiny_model, progress=False)
 
@@ -251,6 +275,27 @@ def test_epochs_are_recorded(config, tiny_model):
         dataclasses.replace(config, tokens=500, buffer=256, saes=SAES[3:], out=None), model=tiny_model, progress=False
     )
     assert short.saes[0].metadata["training_epochs"] == 1
+
+
+@pytest.mark.parametrize(("buffer", "planned"), [(16_384, True), (256, False)])
+def test_that_text_begins_again_is_said_once(config, tiny_model, texts, capsys, buffer, planned):
+    """By the plan if the ring takes all of the text before the first step, by the run where the text ends otherwise."""
+    config = dataclasses.replace(
+        config, tokens=20_000, saes=SAES[3:], out=None, buffer=buffer, text=dataclasses.replace(config.text, held_out=0)
+    )
+    session = prepare(config, tiny_model, texts)
+    said = str(session.plan())
+    assert ("begin again" in said) == planned
+    result = train(config, model=tiny_model, data=texts)
+    shown = capsys.readouterr().err
+    (line,) = [line for line in shown.splitlines() if "begin again" in line]
+    once = 200 * 40  # words; the BOS token of each text is masked
+    count, times = re.search(r"end after ([\d,]+) tokens and begin again: they are read ([\d.]+) times", line).groups()
+    assert int(count.replace(",", "")) == pytest.approx(once, rel=0.01)
+    assert float(times) == pytest.approx(20_000 / once, abs=0.1)
+    assert result.saes[0].metadata["training_epochs"] == 3
+    train(dataclasses.replace(config, tokens=4000), model=tiny_model, data=texts)
+    assert "begin again" not in capsys.readouterr().err
 
 
 def test_plan_matches_what_is_allocated(config, tiny_model):

@@ -33,6 +33,7 @@ def explained_variance(sae, x):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_learns(activation):
+    """pitfall_174: from tensors, without a model."""
     (sae,) = train_on(list(world(300)), [SAEConfig(d_sae=48, activation=activation, lr=1e-2)], progress=False)
     x = torch.cat(list(world(2, seed=0)))
     assert explained_variance(sae, x) > 0.78

@@ -1,8 +1,11 @@
 """Warnings appear when something goes wrong, and only then."""
 
 import pytest
+import torch
 
-from unweave.training.watch import warnings_for
+from unweave.training import SAEConfig, train_on
+from unweave.training.progress import Progress
+from unweave.training.watch import outlier_dimension, warnings_for
 
 
 def rows(**columns):
@@ -46,3 +49,32 @@ def test_a_controlled_run_without_thresholds():
     for row in history:
         del row["threshold"]
     assert warnings_for(history) == []
+
+
+def activations(n=200, d=20, outlier=0.0):
+    """Of unit variance, but that one token of ten is far off in dimension 3."""
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
+    x[::10, 3] += outlier
+    return x
+
+
+def test_an_outlier_dimension_is_pointed_out():
+    """pitfall_124: with its share of the variance and its kurtosis, which is 8.1 of one token in ten."""
+    warning = outlier_dimension(activations(outlier=100.0))
+    assert "dimension 3 holds 98% of the variance (its kurtosis is 8.1" in warning
+    assert "normalize='whiten'" in warning
+    assert outlier_dimension(1e4 * activations(outlier=100.0) + 7) == warning
+    for x in (activations(), activations(outlier=8.0), torch.ones(200, 20), activations(8), activations(d=4)):
+        assert outlier_dimension(x) is None
+
+
+def test_it_is_said_once_and_not_where_it_is_whitened(monkeypatch):
+    said = []
+    monkeypatch.setattr(Progress, "say", lambda self, message: said.append(message))
+    batches = 3 * [activations(outlier=100.0)]
+    for normalize, times in (("whiten", 0), ("scalar", 1)):
+        train_on(batches, [SAEConfig(d_sae=40, normalize=normalize)], progress=False)
+        assert len(said) == times
+    train_on(batches, [SAEConfig(d_sae=40), SAEConfig(d_sae=50)], progress=False)
+    assert len(said) == 2
+    assert said[0].startswith("warning: dimension 3 holds")

@@ -1,4 +1,4 @@
-"""`unweave finetune`: train any SAE further, and show what it is worth before and after."""
+"""`unweave finetune`: train any SAE, transcoder or other coder further, and show what it is worth before and after."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from unweave._errors import UnweaveError
-from unweave.cli.evaluate import source_of
+from unweave.cli.evaluate import saes_below, saved, source_of
 from unweave.cli.output import shown, status
 from unweave.cli.train import evaluate_saved
 
@@ -36,9 +36,9 @@ class FinetuneArgs:
     sae: Annotated[tyro.conf.Positional[str | None], shown("SAE")] = None
     """A path, a release, or a repository on the Hub (OWNER/NAME); with --resume, what the run began with."""
     id: Annotated[tyro.conf.Positional[str | None], shown("ID")] = None
-    """The SAE in it, where there are several."""
+    """The SAE in it, where there are several: its id, or of a run's folder the end of its path."""
     what: Literal["decoder", "unrotated_decoder", "scale", "end_to_end"] = "decoder"
-    """What is trained: rows and bias of the decoder, norms of its rows and bias, or norms alone, all with codes that stay; or the whole SAE, on its error and what it does to the model's predictions (KL) at equal weight."""  # noqa: E501
+    """What is trained: the decoder (and a transcoder's skip), norms of its rows and bias, or norms alone, all with codes that stay; or the whole SAE, on its error and what it does to the model's predictions (KL) at equal weight."""  # noqa: E501
     tokens: int = 2_000_000
     """Tokens to train on."""
     out: Annotated[str | None, shown("FOLDER", "unweave-finetuned")] = None
@@ -47,8 +47,10 @@ class FinetuneArgs:
     """Model to run."""
     data: Annotated[str | None, shown("NAME", "the data that the SAE was trained on")] = None
     """Text, images or tokens; for codes that stay, a cache as well."""
-    hook: Annotated[str | None, shown("NAME", "the hook that the SAE was trained at")] = None
-    """Where the SAE belongs."""
+    hook: Annotated[tuple[str, ...] | None, shown("NAME ...", "the hook that the SAE was trained at")] = None
+    """Where the SAE belongs; of a transcoder, what it reads; of a crosscoder, all its hooks."""
+    target: Annotated[tuple[str, ...] | None, shown("NAME ...", "the target that the transcoder was trained on")] = None
+    """Where a transcoder's output belongs."""
     lr: Annotated[float | None, shown("X", "1e-3; a quarter of train's for end_to_end")] = None
     """Learning rate."""
     batch_size: int = 4096
@@ -79,15 +81,15 @@ class FinetuneArgs:
     def run(self) -> None:
         from rich.console import Console
 
-        from unweave.evaluation import evaluate
-        from unweave.sae import SAE
+        from unweave.sae import SAE, by_target
         from unweave.training.run_folder import read_run_config
         from unweave.training.train import prepare, train
 
         out = self.out or "unweave-finetuned"
         if self.sae is not None:
-            sae = SAE.from_pretrained(self.sae, self.id)
-            config = self.to_config(sae, out)
+            name, id = named(self.sae, self.id)
+            sae = SAE.from_pretrained(name, id)
+            config = self.to_config(sae, out, name, id)
         elif self.resume:
             config = replace(read_run_config(Path(out)), out=out)
             if config.start is None or config.start.sae is None:
@@ -104,18 +106,28 @@ class FinetuneArgs:
         print(f"saved {result.folders[0]}")
         if not self.eval_tokens:
             return
-        for after in evaluate_saved(result, config, self.eval_tokens):
-            before = copy.deepcopy(sae)
-            before.metadata = dict(result.saes[0].metadata)  # so that the rows, masks and hook are the same
-            with status("evaluating it as it was") as tick:
-                report = evaluate(
-                    before, model=result.model, data=config.data, tokens=self.eval_tokens, seed=config.seed,
-                    progress=tick,
-                )  # fmt: skip
-            report.save(Path(out) / "eval_before.json")
-            Console().print(comparison(report, after))
+        tuned, before = result.saes[0], copy.deepcopy(sae)
+        before.metadata = dict(tuned.metadata)  # so that the rows, masks and hooks are the same
+        reports = evaluate_saved(result, config, self.eval_tokens)
+        if reports:
+            places, parts = by_target(tuned), by_target(before).values()
+            for place, part, after in zip(places, parts, reports, strict=True):
+                report = self.evaluated(part, result.model, config, place)
+                name = f"eval_before_{place.replace(':', '_')}.json" if place else "eval_before.json"
+                report.save(Path(out) / name)
+                Console().print(comparison(report, after, place))
 
-    def to_config(self, sae: SAE, out: str) -> TrainConfig:
+    def evaluated(self, part: SAE, model: Any, config: TrainConfig, place: str) -> Report:
+        """What the SAE, or its part that predicts at one hook, was worth before."""
+        from unweave.evaluation import evaluate
+
+        with status(f"evaluating it as it was {place}".rstrip()) as tick:
+            return evaluate(
+                part, model=model, target=place or None, data=config.data, tokens=self.eval_tokens, seed=config.seed,
+                progress=tick,
+            )  # fmt: skip
+
+    def to_config(self, sae: SAE, out: str, name: str, id: str | None) -> TrainConfig:
         """The run's config: what was given on the line, else what the SAE says of its own training.
 
         Raises:
@@ -125,15 +137,16 @@ class FinetuneArgs:
         from unweave.activations.cache import is_cache
         from unweave.evaluation.sample import default_masks
         from unweave.objectives import EndToEnd
+        from unweave.sae import CrossLayerTranscoder, Transcoder
         from unweave.training import Start, TrainConfig
+        from unweave.training.further import hooks_of_coder
 
-        metadata = sae.metadata
-        hook = self.hook or metadata.get("hf_hook_name") or metadata.get("hook_name")
-        if hook is None:
+        own = hooks_of_coder(sae)
+        hooks, targets = self.hook or tuple(own[0]), self.target or tuple(own[1])
+        if not hooks:
             raise UnweaveError("the SAE does not say which hook it was trained at; pass --hook.")
-        head = metadata.get("hook_head_index")
-        if self.hook is None and head is not None and "#" not in hook:
-            hook = f"{hook}#{head}"
+        if not targets and isinstance(sae, Transcoder | CrossLayerTranscoder):
+            raise UnweaveError("the transcoder does not say which hook it predicts; pass --target.")
         source = source_of(sae, self)
         rows = source.pop("data_config")
         if isinstance(rows, DataConfig):
@@ -141,12 +154,12 @@ class FinetuneArgs:
         given = [self.context, self.held_out, self.column]
         if is_cache(source["data"]) and all(value is None for value in given):
             rows = type(rows)()  # the cache says how it was laid out
-        assert self.sae is not None
-        here = Path(self.sae).expanduser()
-        name = str(here.resolve()) if here.exists() else self.sae
+        here = Path(name).expanduser()
+        name = str(here.resolve()) if here.exists() else name
         return TrainConfig(
             **source,
-            hooks=(hook,),
+            hooks=hooks,
+            targets=targets,
             tokens=self.tokens,
             batch_size=self.batch_size,
             out=out,
@@ -156,19 +169,44 @@ class FinetuneArgs:
             masks=default_masks(sae),
             seed=self.seed,
             device=self.device,
-            start=Start(name, self.id, None if self.what == "end_to_end" else self.what, self.lr),
+            start=Start(name, id, None if self.what == "end_to_end" else self.what, self.lr),
             end_to_end=EndToEnd() if self.what == "end_to_end" else None,
         )
 
 
-def comparison(before: Report, after: Report) -> Table:
+def named(source: str, id: str | None) -> tuple[str, str | None]:
+    """The SAE that is meant: in a folder with several, such as a run's, the one whose path ends in `id`.
+
+    Raises:
+        UnweaveError: The folder holds none of its own, or none or several of this name; naming those that there are.
+    """
+    from unweave.hub.published import some
+
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return source, id
+    path = folder if id is None else folder / id
+    if path.exists():
+        return str(saved(path) if path.is_dir() else path), None
+    assert id is not None
+    below = saes_below(folder)
+    found = [path for path in below if f"/{path.relative_to(folder).as_posix()}".endswith(f"/{id.strip('/')}")]
+    if len(found) == 1:
+        return str(found[0]), None
+    what = f"{len(found)} SAEs whose path ends" if found else "no SAE whose path ends"
+    there = some([str(path.relative_to(folder)) for path in found or below]) if below else "none at all"
+    raise UnweaveError(f"the folder {source!r} has {what} in {id!r}; there is {there}.")
+
+
+def comparison(before: Report, after: Report, place: str = "") -> Table:
     """The numbers that matter most, before and after."""
     from rich.table import Table
 
     from unweave.evaluation.table import ROWS
 
     rows: dict[str, Any] = {row.name: row for group in ROWS.values() for row in group}
-    table = Table(title=f"on {after.provenance['tokens']['kept']:,} held-out tokens", title_justify="left")
+    title = f"{place} on {after.provenance['tokens']['kept']:,} held-out tokens".lstrip()
+    table = Table(title=title, title_justify="left")
     for name in ("", "before", "after"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for name in SHOWN:

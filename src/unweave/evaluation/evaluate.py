@@ -95,10 +95,11 @@ def evaluate(
 
     Raises:
         UnweaveError: No hook is known, or it is not of the SAE's width; tokens that are not the model's; activations
-            that are NaN or infinite; nothing to read.
+            or weights that are NaN or infinite; nothing to read.
     """
     if tokens < 1 or batch_prompts < 1:
         raise UnweaveError(f"tokens and batch_prompts must be at least 1, got {tokens} and {batch_prompts}.")
+    _check_weights(sae)
     if not isinstance(model, LoadedModel):
         model = load_model(model, tokenizer, device=device)
     elif device is not None:
@@ -120,6 +121,14 @@ def evaluate(
                 progress(measured.masks.report.seen, tokens)
         measured.notes += _too_little(measured, source, tokens)
         return _report(measured, source, tokens=tokens, batch_prompts=batch_prompts)
+
+
+def _check_weights(sae: SAE) -> None:
+    """Refuse an SAE whose numbers would all be unknown; a BatchTopK's threshold is missing until it is calibrated."""
+    for name, tensor in sae.state_dict().items():
+        finite = bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())  # a sum may overflow, which is fine
+        if not finite and not (name == "threshold" and sae.activation.calibrated):
+            raise UnweaveError(f"{name} of the SAE holds values that are NaN or infinite, so it cannot be measured.")
 
 
 @contextmanager

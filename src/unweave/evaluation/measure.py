@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unweave._errors import UnweaveError
 from unweave.activations import MaskConfig, Masks, TokenBatch
+from unweave.activations.masks import lengths_of
 from unweave.evaluation.behaviour import BehaviourSums, add_behaviour
 from unweave.evaluation.causal_lm import CausalLM
 from unweave.evaluation.sample import AnyBatch, TokenHash, check_fit, rows_of
@@ -160,7 +161,7 @@ class Measurement:
                 )
 
     def _lengths(self, hook: Hook, x: Float[Tensor, "n_tokens d"]) -> Float[Tensor, " n_tokens"]:
-        lengths = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+        lengths = lengths_of(x)
         if not bool(lengths.isfinite().all()):
             raise UnweaveError(f"the activations at {str(hook)!r} are NaN or infinite in pass {self.passes + 1}.")
         return lengths

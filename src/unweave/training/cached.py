@@ -20,8 +20,9 @@ from unweave.activations.cache.store import chosen_hooks
 from unweave.activations.masks import kept_positions
 from unweave.models import LoadedModel, load_model
 from unweave.models.model_identity import model_fingerprint
+from unweave.training.buffers import Buffer
 from unweave.training.config import TrainConfig, to_dict
-from unweave.training.plan import CALIBRATION_TOKENS, Buffer, Plan, with_steps
+from unweave.training.plan import CALIBRATION_TOKENS, Plan, with_steps
 from unweave.training.progress import say
 from unweave.training.sites import Site, sites_of, where
 from unweave.training.trainees import MakeTrainee, new_trainee

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from unweave._errors import UnweaveError
 from unweave.objectives import AuxK, Penalty, RandomMatryoshka, TargetL0
+from unweave.sae import Gated
 from unweave.training.sites import PREDICTS
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ def check_objectives(config: SAEConfig) -> None:
     """
     name = type(config.activation).__name__
     _check_sparsity(config)
+    if config.glu:
+        _check_glu(config)
     if isinstance(config.matryoshka, RandomMatryoshka):
         config.matryoshka.check(config.d_sae)
     elif config.matryoshka is not None:
@@ -45,6 +48,20 @@ def check_objectives(config: SAEConfig) -> None:
     _check_schedules(config)
 
 
+def _check_glu(config: SAEConfig) -> None:
+    if config.coder not in ("sae", "transcoder") or config.temporal is not None:
+        kind = "temporal SAE" if config.temporal is not None else config.coder
+        raise UnweaveError(f"a gated linear unit multiplies what SAEs and transcoders encode: a {kind} has none.")
+    if config.dictionary is not None or config.activation.tied or isinstance(config.activation, Gated):
+        raise UnweaveError(
+            "a gated linear unit has a second encoder of its own: leave out glu, or the dictionary that encodes and "
+            f"{type(config.activation).__name__}."
+        )
+    for name in ("pre_act", "ghost", "reanimation"):
+        if getattr(config, name) is not None:
+            raise UnweaveError(f"{name} pushes at a latent's encoder, which with glu has two factors: take AuxK.")
+
+
 def _k_of(config: SAEConfig) -> Any:
     return getattr(config.activation, "k", None)
 
@@ -55,8 +72,8 @@ def _check_sparsity(config: SAEConfig) -> None:
             raise UnweaveError(f"sparsity takes penalties such as L1(...), got {term!r}.")
         if reason := term.goes_with(config.activation):
             raise UnweaveError(reason)
-        # A default that nobody asked for does not stand in the way.
-        if config.sparsity is not None and (l0 := getattr(term, "l0", 0)) > config.d_sae:
+        # A default that nobody asked for does not stand in the way; of a clt, d_sae is one layer's.
+        if config.sparsity is not None and config.coder != "clt" and (l0 := getattr(term, "l0", 0)) > config.d_sae:
             raise UnweaveError(f"a target L0 of {l0} is larger than d_sae={config.d_sae}.")
     if config.l0_controller is None:
         return
@@ -83,7 +100,7 @@ def _check_sparsity(config: SAEConfig) -> None:
         )
     if config.sparsity_warmup >= 1 and any(term.schedule is None for term in config.sparsity_terms):
         raise UnweaveError("an L0 controller begins when the coefficient has warmed up: it needs sparsity_warmup < 1.")
-    if config.l0_controller.target > config.d_sae:
+    if config.coder != "clt" and config.l0_controller.target > config.d_sae:
         raise UnweaveError(f"a target L0 of {config.l0_controller.target} is larger than d_sae={config.d_sae}.")
 
 
@@ -123,10 +140,9 @@ def check_run(config: TrainConfig) -> None:
     if config.end_to_end is None:
         return
     for sae in config.saes:
-        if sae.coder != "sae" or sae.matryoshka or sae.error != "squared" or sae.normalize != "scalar":
+        if sae.matryoshka or sae.error != "squared":
             raise UnweaveError(
-                "an end-to-end loss takes the place of an autoencoder's squared error: leave out coder, matryoshka, "
-                "error and normalize."
+                "an end-to-end loss takes the place of the one squared error: leave out matryoshka and error."
             )
     if config.model_precision == "bf16" or config.background is True or config.model_device is not None:
         raise UnweaveError(

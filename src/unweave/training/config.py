@@ -72,6 +72,7 @@ class SAEConfig:
         sparsity_warmup: Share of the run over which coefficients of sparsity terms without a schedule rise linearly.
         grad_clip: Largest gradient norm, in units in which predicting the mean costs 1; None for no clipping.
         unit_norm: Whether decoder rows are kept at norm 1. None: yes, except for ReLU, whose L1 penalty weighs norms.
+            "keep": rows start with the norms that they have in the SAE to start from, and are free.
         normalize: What is done to the inputs: "scalar" (one factor), "center" (their mean is subtracted, too) or
             "whiten" (unit variance in every direction), which are folded into the finished weights; or "layer_norm" or
             "constant_norm_rescale" of each token, which the finished SAE goes on doing.
@@ -85,6 +86,7 @@ class SAEConfig:
         coder: "sae", or one that reads or predicts something else: "transcoder" (from each hook to its target),
             "crosscoder" (one code for all hooks), or "clt" (a code for each hook, which predicts its target and all
             later ones; `d_sae` and the activation function's k are a layer's).
+        glu: Whether the pre-activations of an SAE or a transcoder have a second, learnt factor; see `SAE`.
         skip: Whether a transcoder (of a clt, each layer) also has a linear map from its input to its target.
         temporal: Attention that predicts a part of each token from those before it; the rest is encoded. Batches are
             then whole sequences in order (see `train_on`).
@@ -112,7 +114,7 @@ class SAEConfig:
     decay: float = 0.2
     sparsity_warmup: float = 0.1
     grad_clip: float | None = 1.0
-    unit_norm: bool | None = None
+    unit_norm: Literal[True, False, "keep"] | None = None
     normalize: Literal["scalar", "center", "whiten", "layer_norm", "constant_norm_rescale"] = "scalar"
     b_dec_init: Literal["mean", "zeros", "geometric_median"] = "mean"
     W_dec_init: Literal["random", "data"] = "random"
@@ -120,6 +122,7 @@ class SAEConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     moments: Literal["fp32", "bf16"] = "fp32"
     coder: Literal["sae", "transcoder", "crosscoder", "clt"] = "sae"
+    glu: bool = False
     skip: bool = False
     dictionary: ArchetypalDictionary | TiedDictionary | None = None
     temporal: Temporal | None = None
@@ -174,7 +177,7 @@ class SAEConfig:
     @property
     def decoder_is_unit(self) -> bool:
         if self.unit_norm is not None:
-            return self.unit_norm
+            return self.unit_norm is True
         if self.coder in PREDICTS or self.temporal or isinstance(self.dictionary, ArchetypalDictionary):
             return False
         return is_tied(self) or not self.activation.free_norms
@@ -284,7 +287,9 @@ class TrainConfig:
                 raise UnweaveError(f"{name} is one of {allowed}, not {getattr(self, name)!r}.")
         if not self.hooks or not self.saes:
             raise UnweaveError("a training run needs at least one hook and one SAE.")
-        check_sites(self.saes, self.targets)
+        further = self.start is not None or self.end_to_end is not None
+        if not further or self.saes != (SAEConfig(),):  # else what is trained may follow from an SAE that is read later
+            check_sites(self.saes, self.targets)
         check_order(self.saes)
         check_run(self)
 

@@ -57,7 +57,7 @@ def auxk_gradients(
     weight = coefficient * d * min(1.0, c / k) / spread if spread > 0 else residual.new_zeros(())
     loss = residual.new_zeros(())
     grads = residual.new_zeros(c, d), residual.new_zeros(c, d), residual.new_zeros(c)
-    rows = max(CHUNK_ROWS, min(len(residual), 2**22 // max(c, 1)))
+    rows = _auxk_rows(len(residual), c)
     for e, x in zip(residual.split(rows), centred.split(rows), strict=True):
         x = x.to(dtype)
         codes = torch.addmm(bias, x, W_enc.T)
@@ -73,6 +73,23 @@ def auxk_gradients(
         grads[1].add_(back.T @ x)
         grads[2].add_(cpu.sum_rows(back.float()))
     return Aux(loss, latents, *grads)
+
+
+def auxk_bytes(n: int, d: int, c: int, low: bool) -> int:
+    """Memory that `auxk_gradients` takes: rows of both weights in the products' type, their gradients, and a chunk.
+
+    Args:
+        n: Tokens of a batch.
+        d: Width of the activations.
+        c: Dead latents.
+        low: Whether products are made in bf16.
+    """
+    size, rows = 2 if low else 4, min(n, _auxk_rows(n, c))
+    return c * d * (2 * size + 8) + rows * (c * (2 * size + 4) + 8 * d)
+
+
+def _auxk_rows(n: int, c: int) -> int:
+    return max(CHUNK_ROWS, min(n, 2**22 // max(c, 1)))
 
 
 def dense_gradients(

@@ -55,7 +55,7 @@ def check_dictionary(config: SAEConfig) -> None:
         config.dictionary.points_for(config.d_sae)
         if is_tied(config):
             raise UnweaveError(f"{name} encodes with unit decoder rows, and archetypal atoms have norms of their own.")
-        if config.unit_norm:
+        if config.unit_norm is True:
             raise UnweaveError("archetypal atoms have the norms of points of the hull: leave out unit_norm.")
         if config.resampling is not None or config.W_dec_init != "random":
             raise UnweaveError(
@@ -89,6 +89,16 @@ def check_order(saes: Sequence[SAEConfig]) -> None:
     else:
         return
     raise UnweaveError(f"{what}, and a run on a model shuffles their tokens: pass batches in order to train_on.")
+
+
+def check_fresh(saes: Sequence[SAEConfig]) -> None:
+    """Refuse fresh SAEs that are to keep something.
+
+    Raises:
+        UnweaveError: With the reason.
+    """
+    if any(sae.unit_norm == "keep" for sae in saes):
+        raise UnweaveError("unit_norm='keep' is for an SAE that is trained further: a fresh one has no norms to keep.")
 
 
 @torch.no_grad()

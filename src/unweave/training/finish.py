@@ -28,7 +28,7 @@ from unweave.sae import (
 from unweave.sae.files import save_training_form
 from unweave.sae.normalization import token_statistics
 from unweave.training.config import SAEConfig, to_dict
-from unweave.training.finetune import DecoderTuning
+from unweave.training.decoder_tuning import DecoderTuning
 from unweave.training.fresh import Scale
 from unweave.training.trainee import Trainee
 
@@ -56,6 +56,11 @@ def calibrate_threshold(sae: SAE, batches: Iterable[Float[Tensor, "n d_in"]]) ->
     return len(rows)
 
 
+def calibrates(trainee: Trainee) -> bool:
+    """Whether a threshold is estimated when a trainee is finished; not where codes stay what they are."""
+    return trainee.sae.activation.calibrated and not isinstance(trainee, DecoderTuning)
+
+
 def finished_sae(trainee: Trainee, calibration: list[Float[Tensor, "n d_in"]], metadata: dict[str, Any]) -> SAE:
     """A copy of the trainee's SAE for raw activations, with unit decoder rows where these fold, and its threshold.
 
@@ -78,7 +83,7 @@ def finished_sae(trainee: Trainee, calibration: list[Float[Tensor, "n d_in"]], m
     else:
         sae.per_token = trainee.normalization.per_token
     one_norm = type(sae) is SAE and trainee.config.normalize != "whiten" and trainee.atoms is None
-    folds = sae.activation.scales and not isinstance(sae, TemporalSAE)
+    folds = sae.activation.scales and not isinstance(sae, TemporalSAE) and trainee.config.unit_norm != "keep"
     if folds and (one_norm or not sae.activation.needs_unit_norm):
         # Whitened, of several hooks' scales, or with free norms, rows that are ranked keep theirs: no fold is exact.
         fold_decoder_norms(sae)

@@ -15,6 +15,8 @@ from unweave.sae.init import data_directions, middle
 from unweave.training.config import SAEConfig
 from unweave.training.dictionary import is_tied
 
+_PART = 1024  # rows that are squared at a time
+
 Scale = float | Float[Tensor, " d"]
 """What activations are multiplied by in training: one factor, or for several hooks side by side one per dimension."""
 
@@ -30,7 +32,9 @@ def scale_of(sample: Float[Tensor, "n d"], widths: Mapping[str, int] | None = No
         UnweaveError: If all of the sample, or all of it at one hook, is 0.
     """
     if widths is None:
-        mean_square = sample.double().square().sum(1).mean().item()  # the square may leave float32's range
+        # In float64, as a square may leave float32's range; part by part, as that takes twice the memory.
+        total = sum(part.double().square().sum() for part in sample.split(_PART))
+        mean_square = float(total) / len(sample)
         if mean_square == 0:
             raise UnweaveError("all activations of the first batch are 0, so there is nothing to train on.")
         return float((sample.shape[1] / mean_square) ** 0.5)
@@ -67,7 +71,9 @@ def fresh_coder(
     small = not config.decoder_is_unit
     if config.coder == "transcoder":
         assert target is not None
-        sae: SAE = Transcoder(d_in, target.shape[1], d_sae, activation, skip=config.skip, generator=generator)
+        sae: SAE = Transcoder(
+            d_in, target.shape[1], d_sae, activation, skip=config.skip, glu=config.glu, generator=generator
+        )
         if small:
             sae.W_dec.data.zero_()
     elif config.coder == "clt":
@@ -75,7 +81,8 @@ def fresh_coder(
         assert target_widths is not None
         sae = CrossLayerTranscoder(widths, target_widths, d_sae, activation, skip=config.skip, generator=generator)
         if small:
-            sae.W_dec.data.zero_()
+            for block in sae.decoders:
+                block.data.zero_()
     elif config.coder == "crosscoder":
         assert widths is not None
         sae = Crosscoder(widths, d_sae, activation, generator=generator)
@@ -86,7 +93,7 @@ def fresh_coder(
     elif config.temporal is not None:
         sae = TemporalSAE(d_in, d_sae, activation, config.temporal, generator=generator)
     else:
-        sae = SAE(d_in, d_sae, activation, tied=is_tied(config), generator=generator)
+        sae = SAE(d_in, d_sae, activation, tied=is_tied(config), glu=config.glu, generator=generator)
         if small:
             # A small start lets an L1 penalty's norms grow where they are needed (Anthropic, April 2024).
             sae.W_dec.data.mul_(0.1)
@@ -98,7 +105,8 @@ def fresh_coder(
     if config.b_dec_init != "zeros":
         mean = middle(sample, config.b_dec_init) * scale
         if not sae.apply_b_dec_to_input:
-            sae.b_enc.data.copy_(-sae.pre_activations(mean.cpu()[None]).detach()[0])  # b_enc is 0 here
+            pre = sae.pre_activations(mean.cpu()[None]).detach()[0]  # b_enc is 0 here, and a gate 1/2
+            sae.b_enc.data.copy_(-2 * pre if sae.glu else -pre)
         if target is not None and target_scale is not None:
             mean = middle(target, config.b_dec_init) * target_scale
         sae.b_dec.data.copy_(mean)
@@ -111,7 +119,7 @@ def check_start(start: SAE, fresh: SAE) -> None:
     Raises:
         UnweaveError: If a width, the activation function or the kind of coder differs.
     """
-    for name in ("d_in", "d_out", "d_sae", "activation"):
+    for name in ("d_in", "d_out", "d_sae", "activation", "glu"):
         value, expected = getattr(start, name), getattr(fresh, name)
         if value != expected:
             raise UnweaveError(f"the SAE to start from has {name}={value}, and {name}={expected} is to be trained.")

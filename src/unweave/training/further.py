@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,15 +16,20 @@ from torch import Tensor
 from unweave._errors import UnweaveError
 from unweave.models import LoadedModel, capture, differences, resolve_hooks, trained_at
 from unweave.objectives import L1, AuxK, TargetL0
-from unweave.sae import SAE, TiedDictionary
+from unweave.sae import SAE, Crosscoder, CrossLayerTranscoder, TemporalSAE, TiedDictionary, Transcoder
+from unweave.sae.clt import CrossLayerPart
 from unweave.training.config import SAEConfig, Start, TrainConfig
 from unweave.training.controller import L0Controller
-from unweave.training.finetune import check_tunable, tuned_trainee
+from unweave.training.decoder_tuning import check_tunable, move_bias, tuned_trainee
+from unweave.training.dictionary import check_fresh
+from unweave.training.sites import Site, check_sites
 from unweave.training.trainees import MakeTrainee
 
 _DECODER_RATE, _SHARE = 1e-3, 0.25
 """Learning rate for a decoder alone, and, for all weights, the share of what fresh ones have: that makes 5e-5 at 16,384
 latents (arXiv 2503.17272)."""
+_ROUNDED = 2e-3
+"""By how much norms may differ that are one: saved in bfloat16, unit rows are no closer."""
 
 
 def resolved(config: TrainConfig, start: SAE | None) -> tuple[TrainConfig, SAE | None]:
@@ -35,6 +40,8 @@ def resolved(config: TrainConfig, start: SAE | None) -> tuple[TrainConfig, SAE |
     """
     if config.start is None:
         if start is None:
+            check_fresh(config.saes)
+            check_sites(config.saes, config.targets)
             return config, None
         config = replace(config, start=Start())
     wanted = config.start
@@ -43,17 +50,15 @@ def resolved(config: TrainConfig, start: SAE | None) -> tuple[TrainConfig, SAE |
         if wanted.sae is None:
             raise UnweaveError("which SAE is to be trained further? Name it in Start, or pass start=...")
         start = SAE.from_pretrained(wanted.sae, wanted.id)
-    if type(start) is not SAE:
-        raise UnweaveError(f"fine-tuning takes an autoencoder, and this is a {type(start).__name__}.")
     if wanted.method is not None:
         check_tunable(start)
-    elif start.per_token is not None:
-        raise UnweaveError(f"an end-to-end loss takes no SAE with {start.per_token}: its decoder can be fine-tuned.")
-    elif start.activation.needs_unit_norm and not _of_one_norm(start.W_dec):
+    elif isinstance(start, TemporalSAE):
         raise UnweaveError(
-            f"the decoder rows of this {start.activation.name} SAE have different norms, and training all of it would "
-            "bring them to one, which changes the codes: its decoder can be fine-tuned."
+            "a temporal SAE reads whole sequences, and of a model's rows the masks leave out tokens: neither its "
+            "decoder nor all of it can be trained further."
         )
+    elif isinstance(start, CrossLayerPart):
+        raise UnweaveError("a part of a cross-layer transcoder shares its weights with others: train the whole.")
     if config.saes in ((SAEConfig(),), (own := settings_of(start, wanted),)):
         config = replace(config, saes=(own,))
     elif wanted.method is None:
@@ -64,21 +69,23 @@ def resolved(config: TrainConfig, start: SAE | None) -> tuple[TrainConfig, SAE |
     return config, start
 
 
-def _of_one_norm(W_dec: Float[Tensor, "d_sae d_in"]) -> bool:
-    norms = W_dec.detach().double().norm(dim=1)
-    return bool(torch.allclose(norms, norms[0], rtol=2e-3))  # saved in bfloat16, unit rows are no closer
-
-
 def check_same(start: SAE, config: SAEConfig) -> None:
     """Refuse settings of another SAE.
 
     Raises:
-        UnweaveError: If the number of latents or the activation function differs.
+        UnweaveError: If the number of latents, the activation function or the kind of coder differs, or the decoder's
+            rows would be brought to norm 1, which changes the codes.
     """
-    for name in ("d_sae", "activation"):
-        value, expected = getattr(start, name), getattr(config, name)
+    own = settings_of(start, Start())
+    for name in ("d_sae", "activation", "coder", "skip", "glu"):
+        value, expected = getattr(own, name), getattr(config, name)
         if value != expected:
             raise UnweaveError(f"the SAE to start from has {name}={value}, and {name}={expected} is to be trained.")
+    if own.unit_norm == "keep" and config.decoder_is_unit:
+        raise UnweaveError(
+            f"the decoder rows of this {start.activation.name} SAE have different norms, and norm 1 would change its "
+            "codes: give unit_norm='keep', or leave out saes."
+        )
 
 
 def settings_of(sae: SAE, start: Start) -> SAEConfig:
@@ -87,10 +94,17 @@ def settings_of(sae: SAE, start: Start) -> SAEConfig:
     The sparsity term stays that of the activation function, at a strength that holds L0 (see `holding`).
     """
     only_decoder = start.method is not None
-    fresh = SAEConfig(d_sae=sae.d_sae, activation=sae.activation)
-    rate = _DECODER_RATE if only_decoder else _SHARE * fresh.learning_rate
-    return SAEConfig(
-        d_sae=sae.d_sae,
+    coder, d_sae = "sae", sae.d_sae
+    match sae:
+        case CrossLayerTranscoder():
+            coder, d_sae = "clt", sae.latents_per_layer
+        case Crosscoder():
+            coder = "crosscoder"
+        case Transcoder():
+            coder = "transcoder"
+    rate = _DECODER_RATE if only_decoder else _SHARE * SAEConfig(d_sae=d_sae, activation=sae.activation).learning_rate
+    settings = SAEConfig(
+        d_sae=d_sae,
         activation=sae.activation,
         sparsity=() if only_decoder else None,
         auxk=AuxK(coefficient=0),
@@ -99,8 +113,35 @@ def settings_of(sae: SAE, start: Start) -> SAEConfig:
         sparsity_warmup=0.0,
         grad_clip=None if only_decoder else 1.0,
         normalize=sae.per_token or "scalar",
-        dictionary=TiedDictionary() if sae.tied and not sae.activation.tied else None,
+        coder=coder,  # type: ignore[arg-type]
+        glu=sae.glu,
+        skip=getattr(sae, "W_skip", None) is not None,
+        dictionary=TiedDictionary() if sae.tied and not sae.activation.tied and not only_decoder else None,
     )
+    keeps = not only_decoder and settings.decoder_is_unit and not _may_be_unit(sae)
+    return replace(settings, unit_norm="keep") if keeps else settings
+
+
+def _may_be_unit(sae: SAE) -> bool:
+    """Whether bringing the decoder's rows to norm 1 leaves the codes what they are, up to a common factor."""
+    if not (sae.tied or sae.activation.needs_unit_norm):
+        return True  # norms go into the encoder
+    norms = sae.decoders[0].detach().double().norm(dim=1)
+    one = torch.ones_like(norms) if sae.tied else norms[:1].expand_as(norms)
+    # Those of a crosscoder are over all hooks, at the scale that each of them has in training.
+    return not isinstance(sae, Crosscoder) and torch.allclose(norms, one, rtol=_ROUNDED)
+
+
+def as_trained(sae: SAE) -> SAE:
+    """A copy of an SAE as training has it: in float32, and of an autoencoder the bias is subtracted from the input."""
+    made = copy.deepcopy(sae).float()
+    if type(sae) is not SAE:
+        return made
+    move_bias(made, subtracted=True)
+    if (made.tied or made.activation.needs_unit_norm) and _may_be_unit(made):  # what was rounded is made exact
+        norms = made.W_dec.detach().norm(dim=1, keepdim=True)
+        made.W_dec.data.mul_((1.0 if made.tied else norms.mean()) / norms)
+    return made
 
 
 def holding(config: SAEConfig, sae: SAE, x: Float[Tensor, "n d_in"]) -> SAEConfig:
@@ -127,30 +168,81 @@ def widths_at(model: LoadedModel, hooks: Sequence[str]) -> dict[str, int]:
     return {name: x.shape[-1] for name, x in seen.items()}
 
 
-def check_start_fits(
-    sae: SAE, widths: Mapping[str, int], hooks: Sequence[str], model: LoadedModel | Mapping[str, Any]
-) -> None:
-    """Refuse an SAE of another width or hook; say so if only the model has another name.
+def hooks_of_coder(sae: SAE) -> tuple[list[str], list[str]]:
+    """The hooks that a coder reads, and those that it predicts besides, as far as it says; in the order that it has."""
+    metadata = sae.metadata
+    if isinstance(sae, Crosscoder):
+        return list(metadata.get("hf_hook_names") or sae.widths), []
+    if isinstance(sae, CrossLayerTranscoder):
+        return (
+            list(metadata.get("hf_hook_names") or sae.reads),
+            list(metadata.get("hf_hook_names_out") or sae.writes),
+        )
+    reads, writes = trained_at(metadata), metadata.get("hf_hook_name_out") or metadata.get("hook_name_out")
+    return [reads] if reads else [], [writes] if writes and isinstance(sae, Transcoder) else []
 
-    Of cached activations, `model` is what their metadata say.
+
+def site_of_start(
+    sae: SAE, sites: Sequence[Site], widths: Mapping[str, int], model: LoadedModel | Mapping[str, Any]
+) -> Site:
+    """Where an SAE is trained further: its hooks, in the order in which they lie side by side in its weights.
+
+    What is not as in its own training, such as a model of another name, is a warning.
+
+    Args:
+        sae: The SAE.
+        sites: Those that the run names, as `sites_of` makes them.
+        widths: Of the activations at its hooks.
+        model: Of cached activations, what their metadata say.
 
     Raises:
-        UnweaveError: It does not fit.
+        UnweaveError: It belongs elsewhere, or not all of it has a hook.
     """
-    if len(hooks) != 1:
-        raise UnweaveError(f"an SAE is trained further at its one hook, and {len(hooks)} are named.")
-    if widths[hooks[0]] != sae.d_in:
-        raise UnweaveError(
-            f"the SAE takes activations of width {sae.d_in}, and those at {hooks[0]!r} have width {widths[hooks[0]]}: "
-            "it is of another model or hook."
-        )
-    own, place = trained_at(sae.metadata), None
-    if isinstance(model, LoadedModel) and own is not None:
-        with suppress(UnweaveError, ValueError):  # a model whose modules have other names
-            (place,) = resolve_hooks(model.module, [own])
-    if place is not None and str(place).partition("#")[0] != hooks[0].partition("#")[0]:
-        raise UnweaveError(f"the SAE is of the hook {own!r}, and {hooks[0]!r} is named.")
-    differences(sae.metadata, model, hooks, stacklevel=5)  # the line that calls `train`
+    if len(sites) != 1:
+        several = len({hook for site in sites for hook in site.inputs})
+        raise UnweaveError(f"an SAE is trained further at its one hook, and {several} are named.")
+    own = hooks_of_coder(sae)
+    known = [_places(names, model) for names in own]
+    inputs, targets = map(_in_order, known, (sites[0].inputs, sites[0].targets))
+    for verb, hooks, wanted in (
+        ("takes", inputs, sae.widths if isinstance(sae, Crosscoder) else getattr(sae, "reads", sae.d_in)),
+        ("predicts", targets, getattr(sae, "writes", sae.d_out)),
+    ):
+        needed = list(wanted.values()) if isinstance(wanted, Mapping) else [wanted]
+        found = [widths[hook] for hook in hooks]
+        if hooks and needed != found:
+            what, those, places = (", ".join(map(str, each)) for each in (needed, found, map(repr, hooks)))
+            raise UnweaveError(
+                f"the SAE {verb} activations of width {what}, and those at {places} have width {those}: it is of "
+                "another model or hook."
+            )
+    for names, places_known, hooks in zip(own, known, (inputs, targets), strict=True):
+        others = [place.partition("#")[0] for place in places_known] != [hook.partition("#")[0] for hook in hooks]
+        if hooks and places_known and isinstance(model, LoadedModel) and others:
+            theirs, ours = (", ".join(map(repr, each)) for each in (names, hooks))
+            one, are = "hook" if len(names) == 1 else "hooks", "is" if len(hooks) == 1 else "are"
+            raise UnweaveError(f"the SAE is of the {one} {theirs}, and {ours} {are} named.")
+    differences(sae.metadata, model, inputs, stacklevel=5)  # the line that calls `train`
+    return Site(inputs, targets)
+
+
+def _places(names: Sequence[str], model: LoadedModel | Mapping[str, Any]) -> list[str]:
+    """What names stand for in a model; nothing where one of them is unknown to it."""
+    if not isinstance(model, LoadedModel):
+        return list(names)
+    places = []
+    for name in names:
+        try:
+            (place,) = resolve_hooks(model.module, [name])
+        except (UnweaveError, ValueError):  # a model whose modules have other names
+            return []
+        places.append(str(place))
+    return places
+
+
+def _in_order(own: Sequence[str], named: tuple[str, ...]) -> tuple[str, ...]:
+    """The hooks that a run names; in a coder's own order, if they are its own."""
+    return tuple(own) if len(own) == len(named) and set(own) == set(named) else named
 
 
 def tuning_of(start: SAE, config: TrainConfig) -> MakeTrainee:

@@ -21,7 +21,7 @@ from unweave.kernels.scratch import scratch
 from unweave.objectives import L1, RandomMatryoshka, TargetL0
 from unweave.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from unweave.training.config import SAEConfig
-from unweave.training.dense import Aux, auxk_gradients, dense_gradients
+from unweave.training.dense import Aux, auxk_bytes, auxk_gradients, dense_gradients
 from unweave.training.optimizer import RowGrad, squares_of
 from unweave.training.step import Step
 
@@ -40,6 +40,7 @@ def supports(config: SAEConfig, sae: SAE) -> bool:
     plain = plain and config.error == "squared" and config.auxk.schedule is None and config.dictionary is None
     others = config.multi_topk or config.ghost or config.pre_act or config.reanimation or config.k_schedule
     plain = plain and not isinstance(config.matryoshka, RandomMatryoshka)
+    plain = plain and not sae.glu
     return type(sae) is SAE and plain and not others and backend("training step", sae.W_dec, sae.b_dec) == "cpu"
 
 
@@ -91,6 +92,11 @@ class Fused:
             step, density = dense_gradients(self.sae, self.config, x, centred, latents, self.k_aux, penalty, low)
         self.dense = density > SPARSE_BELOW
         return step
+
+    def revival_bytes(self, n: int, c: int) -> int:
+        """Memory that a step of `n` tokens takes besides once `c` latents are dead."""
+        low = kernels.low(self.config.precision, "cpu")
+        return auxk_bytes(n, self.sae.d_in, c, low) if self.k_aux else 0
 
     def _select(self, centred: Tensor, screen: kernels.Screen | None) -> kernels.Selection:
         sae, config = self.sae, self.config

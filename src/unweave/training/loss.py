@@ -61,12 +61,12 @@ def training_loss(
     if widths:
         loss, x_hat = matryoshka_error(codes, sae.W_dec, constant, y, widths, weights)
     else:
-        x_hat = ops.decode(codes, sae.W_dec) + constant
+        x_hat = ops.decode(codes, sae.decoders) + constant
         loss = squared_error(x_hat, y, weights)
     penalised = codes
     if isinstance(config.activation, Gated):
         penalised = open_gate(pre)
-        loss = loss + gate_error(penalised, sae.W_dec, constant, y, weights)
+        loss = loss + gate_error(penalised, sae.decoders, constant, y, weights)
     if config.multi_topk and extra is not None:
         wider = scheduled(config.multi_topk, step, steps)
         loss = loss + wider.coefficient * multi_topk_error(extra, sae.W_dec, x_hat, y, weights, signed)
@@ -74,7 +74,7 @@ def training_loss(
         loss = loss + trainee.sparsity(pre, penalised, sae, step, sparsity_scale)
     if aux is not None:
         auxk = scheduled(config.auxk, step, steps)
-        loss = loss + auxk.coefficient * auxk_loss(aux, sae.W_dec, y - x_hat, n_dead, trainee.k_aux, signed)
+        loss = loss + auxk.coefficient * auxk_loss(aux, sae.decoders, y - x_hat, n_dead, trainee.k_aux, signed)
     if n_dead and (config.ghost or config.pre_act):
         latents = dead.nonzero().flatten()
         pre_act = config.pre_act and scheduled(config.pre_act, step, steps)

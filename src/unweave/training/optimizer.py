@@ -32,7 +32,7 @@ def as_rows(name: str, parameter: Tensor) -> Tensor:
         return parameter.view(1, -1)
     if parameter.ndim > 2:  # a cross-layer transcoder's skip, layer after layer
         return parameter.flatten(0, -2)
-    return parameter.T if name == "W_enc" else parameter
+    return parameter.T if name.startswith("W_enc") else parameter
 
 
 def squares_of(grads: Mapping[str, Tensor | RowGrad]) -> Float[Tensor, ""]:
@@ -78,7 +78,7 @@ class Adam:
             grads: Gradient of each parameter.
             rates: Learning rate of each parameter.
             grad_scale: Multiplies the gradients (clipping).
-            unit: Parameter whose rows are brought back to norm 1.
+            unit: Parameter whose rows are brought back to norm 1, or whose blocks' (`W_dec.0`, `W_dec.1`, ...) are.
             screen: Parameter for whose rows a `Screen` is returned, and of which precision.
             instead_of: The screen before, whose memory may be overwritten.
         """
@@ -93,7 +93,7 @@ class Adam:
             renewed = kernels.adam_rows(
                 as_rows(name, parameter.detach()), grad.rows, grad.slot, first, second,
                 lr=rates[name], betas=self.betas, eps=_EPS, step=self.steps, grad_scale=grad_scale,
-                unit=name == unit, screen=screen[1] if screen is not None and wanted else None,
+                unit=name.partition(".")[0] == unit, screen=screen[1] if screen is not None and wanted else None,
                 instead_of=instead_of if wanted else None,
             )  # fmt: skip
             made = renewed if wanted else made

@@ -84,6 +84,8 @@ def resample(
     if not sae.tied:
         sae.W_enc.T[latents] = directions * (config.encoder_scale * encoder_norm)
     sae.b_enc[latents] = 0.0
+    for W, b in sae.encoders[1:]:
+        W.T[latents], b[latents] = 0.0, 0.0
     if isinstance(sae.threshold, torch.nn.Parameter) and sae.threshold.ndim:
         sae.threshold[latents] = sae.activation.initial_threshold
     for name, initial in sae.activation.parameters(sae.d_sae).items():

@@ -50,6 +50,15 @@ def as_tokenized(data: Any, text: DataConfig) -> DataConfig:
     )
 
 
+def tokens_once(rows: AnyRows) -> float | None:
+    """How many tokens the data give when they are read once, of images about; None while that is not known."""
+    if isinstance(rows, TokenRows):
+        return rows.epoch_tokens
+    if rows.source.entry is None:  # a stream
+        return None
+    return len(rows.source) * (1 - rows.config.held_out) * rows.context
+
+
 def held_out_share(model: LoadedModel, config: TrainConfig) -> float:
     """The share of the data that is kept from training."""
     return config.text.held_out if model.vision is None else config.images.held_out

@@ -7,15 +7,20 @@ by one rename once the SAEs are saved: a run that has SAEs and no checkpoint is 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from unweave._errors import UnweaveError
-from unweave._files import remove_folder, remove_leftovers, write_json
+from unweave._files import refuse_foreign, remove_folder, remove_leftovers, write_json
 from unweave.training.checkpoint import checkpoints
 from unweave.training.config import TrainConfig, from_dict, to_dict
 from unweave.training.progress import say
 
 CONFIG, CHECKPOINTS = "config.json", "checkpoints"
+FOLDERS = ("sae", "saes", CHECKPOINTS)
+"""What a new run replaces."""
+OURS = re.compile(r"(cfg|state|eval(_.+)?)\.json|(sae_weights|state)\.safetensors|features\.html")
+"""Files that the commands write into them."""
 
 
 def check_folder(config: TrainConfig, out: Path | None, *, resume: bool, overwrite: bool) -> Path | None:
@@ -32,6 +37,8 @@ def check_folder(config: TrainConfig, out: Path | None, *, resume: bool, overwri
             raise UnweaveError(
                 f"the folder {str(out)!r} is not empty; pass --resume to go on or --overwrite to start anew."
             )
+        if held:
+            _check_ours(out)
         return None
     saved = checkpoints(out / CHECKPOINTS)
     if (out / CONFIG).exists() or saved:
@@ -44,6 +51,29 @@ def check_folder(config: TrainConfig, out: Path | None, *, resume: bool, overwri
     elif held and not all(path.name.startswith(".") for path in out.iterdir()):
         raise UnweaveError(f"the folder {str(out)!r} holds something else than a run to resume: choose another one.")
     return saved[-1] if saved else None
+
+
+def _check_ours(out: Path) -> None:
+    """Refuse to overwrite what is no run, or what somebody put into the folders that a new run replaces.
+
+    Raises:
+        UnweaveError: It names the first such file.
+    """
+    visible = [path for path in out.iterdir() if not path.name.startswith(".")]
+    if visible and not _is_config(out / CONFIG):
+        raise UnweaveError(
+            f"the folder {str(out)!r} holds something else than a run, such as {min(visible).name!r}: name another one."
+        )
+    refuse_foreign(out, FOLDERS, OURS)
+
+
+def _is_config(path: Path) -> bool:
+    """Whether a file is the config of a run, of any version: a model's `config.json` is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"hooks", "saes", "tokens"} <= found.keys()
 
 
 def is_finished(out: Path) -> bool:
@@ -74,7 +104,7 @@ def claim_folder(config: TrainConfig, out: Path, checkpoint: Path | None, *, res
         return
     if resume:
         say(f"{str(out)!r} holds no checkpoint yet, so the run starts at its beginning.")
-    for name in ("sae", "saes", CHECKPOINTS):
+    for name in FOLDERS:
         remove_folder(out / name)
     for name in ("metrics.jsonl", "eval.json", "features.html"):
         (out / name).unlink(missing_ok=True)

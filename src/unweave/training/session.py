@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from unweave._errors import UnweaveError
-from unweave.activations import ActivationStream, ShuffledBatches
+from unweave.activations import ActivationStream, ShuffledBatches, TokenRows
 from unweave.models import LoadedModel, dtype_of, head_index, tl_name
 from unweave.training.config import TrainConfig, to_dict
 from unweave.training.harvest import ahead_of
 from unweave.training.plan import CALIBRATION_TOKENS, Plan, plan_run
-from unweave.training.rows import AnyRows, held_out_share, open_rows, rows_metadata
+from unweave.training.rows import AnyRows, held_out_share, open_rows, rows_metadata, tokens_once
 from unweave.training.sites import Site, where
 from unweave.training.trainees import MakeTrainee, new_trainee
 
@@ -34,10 +35,27 @@ class Session:
     data: Any
     make: MakeTrainee = new_trainee
     """Makes the coders."""
+    kept: float = 1.0
+    """Share of the tokens that the masks leave, once there is a plan."""
+
+    @property
+    def once(self) -> float | None:
+        """Tokens to train on that the data give when they are read once; None while that is not known."""
+        whole = tokens_once(self.rows)
+        return None if whole is None else whole * self.kept
 
     def plan(self, seconds: float = 0.0) -> Plan:
         """Shapes, steps, bytes and time, measured on some forward passes (for `seconds`, at least) and steps."""
-        return plan_run(self.config, self.stream, self.sites, seconds, make=self.make)
+        plan = plan_run(self.config, self.stream, self.sites, seconds, make=self.make)
+        self.kept = plan.kept
+        self.look_ahead()
+        return replace(plan, once=self.once)
+
+    def look_ahead(self) -> None:
+        """Read so much text as the ring takes before the first step, to find out where little of it ends."""
+        if isinstance(self.rows, TokenRows):
+            most = min(self.config.tokens, self.config.ring_size, 4 * CALIBRATION_TOKENS)
+            self.rows.peek(math.ceil(most / (self.rows.context * self.kept)))
 
     @contextmanager
     def batches(self) -> Iterator[Any]:
@@ -87,6 +105,6 @@ def _metadata(session: Session, site: Site) -> dict[str, Any]:
         "masks": to_dict(config.masks),
         "model_precision": str(dtype_of(session.stream.model.module)).removeprefix("torch."),
         "training_tokens": config.tokens,
-        "training_epochs": session.rows.epoch + 1,
+        "training_epochs": math.ceil(config.tokens / session.once) if session.once else session.rows.epoch + 1,
         "seed": config.seed,
     }

@@ -66,6 +66,11 @@ class Site:
         """Width at each input, and at each target."""
         return self.widths_of({name: x.shape[1] for name, x in batch.items()})
 
+    def side_by_side(self, batch: Mapping[str, Float[Tensor, "n d"]]) -> tuple[dict[str, int] | None, ...]:
+        """The same, for inputs and for targets; None where no hooks lie side by side."""
+        inputs, targets = self.widths(batch)
+        return (inputs if len(inputs) > 1 else None), (targets if len(targets) > 1 else None)
+
     def widths_of(self, widths: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
         """Those widths that are at its inputs, and at its targets."""
         return {h: widths[h] for h in self.inputs}, {h: widths[h] for h in self.targets}

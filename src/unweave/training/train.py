@@ -10,6 +10,7 @@ never interrupted (on the same machine with the same number of threads).
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,21 +18,23 @@ from typing import Any
 
 from unweave._errors import UnweaveError
 from unweave._files import remove_folder
+from unweave.activations.limits import trim_memory
 from unweave.models import LoadedModel, load_model, resolve_hooks
 from unweave.sae import SAE
 from unweave.training.cached import CachedSession, cached_data
 from unweave.training.checkpoint import load_checkpoint, save_checkpoint
 from unweave.training.config import TrainConfig
-from unweave.training.end_to_end import SplicedSession, check_end_to_end
-from unweave.training.finish import finished_sae, save_finished
-from unweave.training.further import check_start_fits, furthered, resolved, tuning_of, widths_at
+from unweave.training.end_to_end import check_end_to_end
+from unweave.training.finish import calibrates, finished_sae, save_finished
+from unweave.training.further import furthered, resolved, site_of_start, tuning_of, widths_at
 from unweave.training.harvest import live_stream
-from unweave.training.plan import CALIBRATION_TOKENS
+from unweave.training.plan import CALIBRATION_TOKENS, Plan, repeats
 from unweave.training.progress import say
 from unweave.training.rows import as_tokenized, held_out_share, open_rows
 from unweave.training.run_folder import CHECKPOINTS, check_folder, claim_folder, is_finished
 from unweave.training.session import Session
 from unweave.training.sites import Site, sites_of
+from unweave.training.spliced_session import SplicedSession
 from unweave.training.trainees import trainees_at
 from unweave.training.trainer import Run, fit
 
@@ -71,8 +74,9 @@ def prepare(
             raise UnweaveError("an end-to-end loss runs the model on text, and a cache holds activations alone.")
         from_cache = CachedSession.of(config, cached, model)
         if start is not None:
-            made_with = from_cache.metadata(from_cache.sites[0][0])
-            check_start_fits(start, from_cache.store.widths, from_cache.hooks, made_with)
+            (named,) = from_cache.sites
+            made_with = from_cache.metadata(named[0])
+            from_cache.sites = [[site_of_start(start, named, from_cache.store.widths, made_with)]]
             from_cache.make = tuning_of(start, config)
         return from_cache
     loaded = (
@@ -84,9 +88,11 @@ def prepare(
     targets = [str(hook) for hook in resolve_hooks(loaded.module, config.targets)]
     sites = [sites_of(sae, hooks, targets) for sae in config.saes]
     if start is not None:
-        check_start_fits(start, widths_at(loaded, hooks), hooks, loaded)
+        (named,) = sites
+        sites = [[site_of_start(start, named, widths_at(loaded, [*hooks, *targets]), loaded)]]
     if config.end_to_end is not None:
-        check_end_to_end(config, loaded, hooks)
+        spliced = [hook for group in sites for site in group for hook in site.targets or site.inputs]
+        check_end_to_end(config, loaded, spliced)
     data = config.data if data is None else data
     if loaded.vision is None:
         config = replace(config, text=as_tokenized(data, config.text))
@@ -94,8 +100,8 @@ def prepare(
     if held_out_share(loaded, config) > 0:
         rows.peek(1)  # what is wrong with all of the data is not to be taken for a fault of the held-out side
         _check_held_out(data, loaded, config)
-    places = resolve_hooks(loaded.module, list(dict.fromkeys([*hooks, *targets])))
-    stream = live_stream(config, loaded, places, rows)
+    read = resolve_hooks(loaded.module, list(dict.fromkeys([*hooks, *targets])))
+    stream = live_stream(config, loaded, read, rows)
     if config.end_to_end is not None:
         return SplicedSession(config, loaded, sites, rows, stream, data, start=start)
     session = Session(config, loaded, sites, rows, stream, data)
@@ -152,6 +158,7 @@ def train(
     plan.check()
     if progress:
         say(str(plan))
+    trim_memory()  # of what planning made
 
     with session.batches() as batches:
         state_now = partial(batches.state_dict, copy=False)  # it is written at once, and as large as the ring
@@ -176,23 +183,41 @@ def train(
             checkpoint_every=config.checkpoint_every,
             stream_state=state_now,
             how_to_resume="Go on with the same command and --resume.",
+            after_step=_says_where_data_begin_again(session, plan) if progress else None,
         )
         if out is not None:  # whatever happens from here on, the training is not lost
             save_checkpoint(out / CHECKPOINTS, run.step, {"run": run.state_dict(), "stream": state_now()})
     del batches, state_now
+    trim_memory()
     return _finish(session, run, out, start)
 
 
+def _says_where_data_begin_again(session: Session | CachedSession, plan: Plan) -> Callable[[], None] | None:
+    """What tells, once, that the data were read to their end; None if the plan knew where that is."""
+    if plan.once is not None or isinstance(session, CachedSession):
+        return None
+    said = False
+
+    def tell() -> None:
+        nonlocal said
+        if not said and session.once is not None:
+            said = True
+            if sentence := repeats(plan.tokens, session.once):
+                say(sentence)
+
+    return tell
+
+
 def _finish(session: Session | CachedSession, run: Run, out: Path | None, start: SAE | None) -> TrainResult:
-    needed = any(trainee.sae.activation.calibrated for group in run.trainees.values() for trainee in group)
+    needed = any(calibrates(trainee) for group in run.trainees.values() for trainee in group)
     held_out = session.held_out() if needed else {}
     only = sum(map(len, run.trainees.values())) == 1
     saes, folders = [], []
     for name, group in run.trainees.items():
         site = run.sites[name]
         calibration = [site.rows(held_out).x] if held_out else []
-        for i, trainee in enumerate(group):
-            metadata = session.metadata(site)
+        for i in range(len(group)):
+            trainee, metadata = group.pop(0), session.metadata(site)  # which is not kept longer than the SAE made of it
             if start is not None:
                 metadata = furthered(start, session.config, trainee.config.learning_rate, metadata)
             sae = finished_sae(trainee, calibration, metadata)
@@ -200,6 +225,7 @@ def _finish(session: Session | CachedSession, run: Run, out: Path | None, start:
             if out is not None:
                 folder = out / "sae" if only else out / "saes" / site.folder / f"{i:02d}_{sae.activation.name}"
                 folders.append(save_finished(sae, trainee.config, folder))
+            del trainee
     if out is not None:
         remove_folder(out / CHECKPOINTS)
     return TrainResult(saes, folders, run.history, session)

@@ -11,6 +11,7 @@ from torch import Tensor
 from unweave._errors import UnweaveError, nearest
 from unweave.sae import SAE
 from unweave.training.config import SAEConfig
+from unweave.training.dictionary import check_fresh
 from unweave.training.finish import finished_sae
 from unweave.training.sites import check_sites, sites_of, where
 from unweave.training.trainees import trainees_at
@@ -66,6 +67,7 @@ def train_on(
     targets = (_TARGET,) if _TARGET in first else tuple(targets)
     hooks = [name for name in first if name not in targets] if hooks is None else list(hooks)
     check_sites(saes, targets)
+    check_fresh(saes)
     for name in (*hooks, *targets):
         if name not in first:
             raise UnweaveError(f"the batches hold no activations {name!r}{nearest(name, list(first))}")

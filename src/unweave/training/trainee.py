@@ -90,6 +90,7 @@ class Trainee:
         target_widths: Mapping[str, int] | None = None,
     ) -> None:
         self.config, self.steps, self.step_count, self.seed = config, steps, 0, seed
+        self.threshold_batches = 0
         if config.temporal is not None and tokens % config.temporal.context:
             context = config.temporal.context
             raise UnweaveError(f"{tokens:,} tokens are no whole number of a temporal SAE's sequences of {context}.")
@@ -121,7 +122,7 @@ class Trainee:
             elif self.normalization.mean is not None:
                 fold_normalization(sae, self.normalization.to(sae.device).reversed())
             folds = sae.activation.scales and config.temporal is None
-            if folds and (config.decoder_is_unit or not sae.activation.needs_unit_norm):
+            if folds and config.unit_norm != "keep" and (config.decoder_is_unit or not sae.activation.needs_unit_norm):
                 fold_decoder_norms(sae)
             sae.activation = config.activation  # a pursuit's threshold is in units of training already
         d = sae.d_out
@@ -173,10 +174,10 @@ class Trainee:
         sae, parameters = self.sae, self.optimizer.parameters
         loss, x_hat, codes = self.loss(x, sparsity_scale) if target is None else self.loss(x, sparsity_scale, target)
         loss.backward()
-        sae.mask_gradients()
         with torch.no_grad():
             if self.config.decoder_is_unit:
-                _remove_parallel_part(sae.W_dec)
+                for block in sae.decoders:
+                    _remove_parallel_part(block)
             if self.atoms is not None:
                 hand_over(self.atoms, sae)
             # A parameter that this batch does not reach (a penalty warming up from 0) has none.
@@ -267,11 +268,10 @@ class Trainee:
         """Count the tokens since each latent fired; estimate BatchTopK's inference threshold (bias-corrected mean)."""
         self.tokens_since_fired += n
         self.tokens_since_fired[made.fired] = 0
-        if self.config.activation.calibrated and made.smallest is not None:
-            threshold, t = self.sae.threshold, self.step_count
-            assert threshold is not None
-            before = torch.where(threshold.isnan(), 0.0, threshold) * (1 - _EMA**t)
-            threshold.copy_((_EMA * before + (1 - _EMA) * made.smallest) / (1 - _EMA ** (t + 1)))
+        if made.smallest is not None and (threshold := self.sae.threshold) is not None:
+            self.threshold_batches += 1  # those in which nothing fires say nothing, and do not count
+            share = (1 - _EMA) / (1 - _EMA**self.threshold_batches)
+            threshold.copy_(torch.where(threshold.isnan(), made.smallest, threshold.lerp(made.smallest, share)))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, by parameter name."""
@@ -283,6 +283,7 @@ class Trainee:
             "normalization": None if self.normalization is None else vars(self.normalization),
             "target_scale": self.target_scale,
             "step_count": self.step_count,
+            "threshold_batches": self.threshold_batches,
             "atoms": None if self.atoms is None else dict(self.atoms.state_dict()),
             "dense": self.fused is not None and self.fused.dense,
             "sparsity": self.sparsity.state_dict(),
@@ -302,7 +303,7 @@ class Trainee:
             self.target_scale = self.target_scale.to(self.sae.device)
         if self.normalization is not None:
             self.normalization = Normalization(**state["normalization"]).to(self.sae.device)
-        self.step_count = state["step_count"]
+        self.step_count, self.threshold_batches = state["step_count"], state["threshold_batches"]
         self.optimizer.load_state_dict(state["optimizer"], self.step_count)
         self.sparsity.load_state_dict(state["sparsity"], self.step_count)
         set_window(self, state["bandwidth"])

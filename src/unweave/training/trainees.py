@@ -39,7 +39,7 @@ def new_trainee(
 ) -> Trainee:
     """One fresh coder at one site."""
     x, target = site.rows(sample)
-    widths, targets = (parts if len(parts) > 1 else None for parts in site.widths(sample))
+    widths, targets = site.side_by_side(sample)
     return Trainee(
         config, x, steps=steps, tokens=tokens, seed=seed, target=target, widths=widths, target_widths=targets
     )

@@ -30,7 +30,7 @@ from unweave.training.checkpoint import save_checkpoint
 from unweave.training.progress import Progress
 from unweave.training.sites import Site
 from unweave.training.trainee import StepSums, Trainee
-from unweave.training.watch import warnings_for
+from unweave.training.watch import outlier_dimension, warnings_for
 
 LOG_EVERY = 25
 """Steps between two logged rows."""
@@ -76,11 +76,27 @@ class Run:
         return {"trainees": trainees, "sums": sums, "seen": self.seen, "step": self.step, "history": self.history}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned.
+
+        Raises:
+            UnweaveError: If a trainee's state has other entries, as that of another version of unweave has.
+        """
         for hook, group in self.trainees.items():
             for trainee, saved in zip(group, state["trainees"][hook], strict=True):
+                _check_entries(saved, trainee.state_dict())
                 trainee.load_state_dict(saved)
         self.sums = {hook: [StepSums(*s) for s in group] for hook, group in state["sums"].items()}
         self.seen, self.step, self.history = state["seen"], state["step"], state["history"]
+
+
+def _check_entries(saved: dict[str, Any], expected: dict[str, Any]) -> None:
+    for theirs, ours in ((saved, expected), (saved.get("sae", {}), expected["sae"])):
+        if odd := theirs.keys() ^ ours.keys():
+            name = min(odd)
+            lacks = "lacks" if name in ours else "has an unknown"
+            raise UnweaveError(
+                f"the checkpoint {lacks} {name!r}: another version of unweave wrote it, so start anew with --overwrite."
+            )
 
 
 def fit(
@@ -124,6 +140,8 @@ def fit(
                 _check_batch(x, trainees[0].sae.d_in, hook, run.step)
                 if y is not None:
                     _check_batch(y, trainees[0].sae.d_out, hook, run.step)
+                if run.step == 0 and any(t.config.normalize != "whiten" for t in trainees):
+                    _warn_of_outliers(x * trainees[0].scale, hook, bar)  # hooks side by side have one scale each
                 if run.keep_recent:
                     run.recent[hook] = [*run.recent.get(hook, []), x.detach()][-run.keep_recent :]
                 steps = [trainee.step(x, y) for trainee in trainees]
@@ -201,6 +219,11 @@ def _warn(run: Run, row: dict[str, Any], warned: set[str], bar: Progress) -> Non
         if kind not in warned:
             warned.add(kind)
             bar.say(f"warning: {message} ({run.trainees[row['hook']][row['sae']].config})")
+
+
+def _warn_of_outliers(x: Tensor, hook: str, bar: Progress) -> None:
+    if message := outlier_dimension(x):
+        bar.say(f"warning: {message} ({hook})" if hook else f"warning: {message}")
 
 
 def _open_log(run: Run) -> Any:
