@@ -43,6 +43,7 @@ from unweave.cli.parsing import _sentence, options
 def test_what_is_wrong_is_one_sentence(
     typed: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """pitfall_368"""
     monkeypatch.setenv("COLUMNS", "60")  # where tyro breaks its lines is not to matter
     assert main(typed.split()) == 2
     assert capsys.readouterr().err == f"unweave: {said}\n"

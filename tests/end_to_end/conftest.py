@@ -93,6 +93,21 @@ class Commands:
 
 
 @pytest.fixture(scope="session")
+def bad_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of four files of documents, with a line that cannot be read in two of them."""
+    from unweave.activations import standard_library_text
+
+    folder = tmp_path_factory.mktemp("text") / "data"
+    folder.mkdir()
+    texts = [text[:4000] for text, _ in zip(standard_library_text(), range(400), strict=False)]
+    for i in range(4):
+        lines = [json.dumps({"text": text}) for text in texts[i::4]]
+        lines[i * 20 + 1 : i * 20 + 1] = ['{"text": 3}'] if i % 2 else []
+        (folder / f"{i}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     folder = tmp_path_factory.mktemp("server")
     (folder / "server.py").write_text(SERVER)
@@ -111,12 +126,13 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
 class Killer:
     """Kills a command twenty times or more, at moments that cover all of its work, and compares what it ends in.
 
-    Each folder is killed in two to four times, resumed after each, and let come to its end.
+    Each folder is killed in two to four times, resumed after each, and let come to its end. The moments are drawn from
+    the time that the command takes when it is left alone, mostly from that in which it writes and as much of it as is
+    left; should the clock have missed a phase all the same, the last kills wait for it.
     """
 
     commands: Commands
     folder: Path
-    kills: int = 20
     most: int = 60
     """Folders, at most, each of which is started up to five times."""
     met: Counter[Phase] = field(default_factory=Counter)
@@ -130,6 +146,7 @@ class Killer:
         result: Callable[[Path], object],
         settings: dict[str, Any] | None = None,
         seed: int = 0,
+        kills: int = 20,
     ) -> None:
         """Run `arguments(out)`, and with `--resume` once it was killed, until there were enough kills.
 
@@ -139,19 +156,25 @@ class Killer:
             result: What must be equal to that of a command which was left alone.
             settings: Values of modules by their names, for the command.
             seed: Of the moments.
+            kills: How many, at least.
         """
-        self._settings, self._phase, moments = settings or {}, phase, random.Random(seed)
+        self._settings, self._phase, self._kills, moments = settings or {}, phase, kills, random.Random(seed)
         whole = self.folder / "whole"
         started = time.monotonic()
         self.commands.start(arguments(whole), self._settings)
         self._works(whole)
         began = time.monotonic()
+        while self.commands.runs() and phase(whole) == "during":
+            time.sleep(0.001)
+        written = time.monotonic()
         assert self.commands.wait() == 0, self.commands.log.read_text()
         ended, wanted = time.monotonic(), result(whole)
         for number in range(self.most):
-            out, resume = self.folder / str(number), list[object]()
+            out, resume, left = self.folder / str(number), list[object](), written - began
             for _ in range(moments.randint(2, 4)):
-                wait = self._moment(moments, ended - started, ended - began)
+                of_writing = moments.uniform(0, left)
+                wait = self._moment(moments, ended - started, ended - began, of_writing)
+                left -= of_writing
                 status = self._run([*arguments(out), *resume], out, wait)
                 if status == 0:
                     break
@@ -160,20 +183,20 @@ class Killer:
                 resume = ["--resume"]
             assert self._run([*arguments(out), "--resume"]) == 0, self.commands.log.read_text()
             assert result(out) == wanted, f"what was killed {dict(self.met)} differs"
-            if sum(self.met.values()) >= self.kills and not self._missing():
+            if sum(self.met.values()) >= kills and not self._missing():
                 return
         pytest.fail(f"the commands of {self.most} folders were killed only {dict(self.met)}")
 
     def _missing(self) -> list[Phase]:
         """Phases with too few kills yet: half of all are to be while it works."""
-        return [phase for phase in PHASES if self.met[phase] < (self.kills // 2 if phase == "during" else 1)]
+        return [phase for phase in PHASES if self.met[phase] < (self._kills // 2 if phase == "during" else 1)]
 
-    def _moment(self, moments: random.Random, whole: float, work: float) -> Callable[[Path], None]:
-        """Waits for a moment: any at all, or any in which it works, or the beginning of a phase that is missing."""
-        kind = moments.random()
-        if (missing := self._missing()) and self.kills - sum(self.met.values()) <= 2 * len(missing):
-            return lambda out: self._begins(out, missing[0], moments.uniform(0, work / 4))
-        after = moments.uniform(0, whole if kind < 0.15 else work)
+    def _moment(self, moments: random.Random, whole: float, work: float, of_writing: float) -> Callable[[Path], None]:
+        """Waits for a moment: any at all, any since it works, while it writes, or the beginning of a missing phase."""
+        kind, since_start, since_work = moments.random(), moments.uniform(0, whole), moments.uniform(0, work)
+        if (missing := self._missing()) and self._kills - sum(self.met.values()) <= 2 * len(missing):
+            return lambda out: self._begins(out, missing[0], of_writing / 2)
+        after = since_start if kind < 0.15 else since_work if kind < 0.3 else of_writing
 
         def wait(out: Path) -> None:
             if kind >= 0.15:

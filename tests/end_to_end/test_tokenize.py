@@ -30,23 +30,10 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files of documents, with two lines that cannot be read."""
-    folder = tmp_path_factory.mktemp("text") / "data"
-    folder.mkdir()
-    texts = [text[:4000] for text, _ in zip(standard_library_text(), range(400), strict=False)]
-    for i in range(4):
-        lines = [json.dumps({"text": text}) for text in texts[i::4]]
-        lines[i * 20 + 1 : i * 20 + 1] = ['{"text": 3}'] if i % 2 else []
-        (folder / f"{i}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, text: Path) -> tuple[Path, str, str]:
+def run(tmp_path_factory: pytest.TempPathFactory, bad_text: Path) -> tuple[Path, str, str]:
     """An uninterrupted run: where it was, and what it printed."""
     folder = tmp_path_factory.mktemp("whole")
-    process = start(text, "--out", "t", "--saelens", "s", cwd=folder)
+    process = start(bad_text, "--out", "t", "--saelens", "s", cwd=folder)
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     return folder, out, errors
@@ -68,12 +55,12 @@ def start(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def killed_again_and_again(text: Path, cwd: Path, seed: int, kills: int, *options: str) -> int:
+def killed_again_and_again(bad_text: Path, cwd: Path, seed: int, kills: int, *options: str) -> int:
     """Kill the command at random moments after it began to write, and resume it. Returns how often it was killed."""
     moments, n = random.Random(seed), 0
     while True:
         resume = ["--resume"] if (cwd / "t").exists() else []
-        process = start(text, "--out", "t", *resume, *options, cwd=cwd)
+        process = start(bad_text, "--out", "t", *resume, *options, cwd=cwd)
         before = (cwd / "t" / "progress.json").stat().st_mtime_ns if (cwd / "t" / "progress.json").exists() else 0
         if n < kills:
             while process.poll() is None:
@@ -90,8 +77,8 @@ def killed_again_and_again(text: Path, cwd: Path, seed: int, kills: int, *option
         n += 1
 
 
-def test_killed_it_goes_on_and_ends_in_the_same_bytes(tmp_path: Path, text: Path, whole: dict[str, bytes]) -> None:
-    assert killed_again_and_again(text, tmp_path, seed=0, kills=1) > 0
+def test_killed_it_goes_on_and_ends_in_the_same_bytes(tmp_path: Path, bad_text: Path, whole: dict[str, bytes]) -> None:
+    assert killed_again_and_again(bad_text, tmp_path, seed=0, kills=1) > 0
     assert contents(tmp_path / "t") == whole
 
 
@@ -105,8 +92,8 @@ def test_what_it_says_and_writes(run: tuple[Path, str, str]) -> None:
     assert len(TokenRows(where / "t", None, DataConfig(context=32), held_out=True).next_rows(10)) == 10
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path: Path, text: Path) -> None:
-    process = start(text, "--out", "t", cwd=tmp_path)
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path, bad_text: Path) -> None:
+    process = start(bad_text, "--out", "t", cwd=tmp_path)
     while process.poll() is None and not (tmp_path / "t" / "progress.json").exists():
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor
 
-from unweave._errors import UnweaveError
+from unweave._errors import UnweaveError, nearest_beside
 from unweave.activations.config import DataConfig
 from unweave.activations.hf_datasets import (
     dataset_parts,
@@ -22,7 +23,6 @@ from unweave.activations.hf_datasets import (
     is_written_as_path,
     load_by_name,
     load_saved,
-    near_path,
 )
 from unweave.activations.records import Document, Unreadable
 from unweave.activations.sources import (
@@ -39,13 +39,15 @@ from unweave.activations.sources import (
 from unweave.activations.stdlib_text import standard_library_text
 from unweave.activations.tokenized.folder import TokenFolder, open_token_folder
 from unweave.activations.tokenized.format import SIDES, find_token_folder
-from unweave.activations.tokenized.vocabulary import tokenizer_of_folder, tokenizer_of_hub
+from unweave.activations.tokenized.vocabulary import SAELENS_FILE, tokenizer_of_folder, tokenizer_of_hub
 
 _PEEKED = 64
 _SUFFIXES = (".txt", ".jsonl", ".parquet", ".npy")
 
 Data: TypeAlias = "str | Path | Iterable[Any] | Tensor | Documents"
 """What can be opened: see `open_documents`."""
+_ABOUT_DATA = {SAELENS_FILE, "README.md", "LICENSE", "dataset_infos.json"}
+"""Files that lie beside data, and that nobody would miss among what is read."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ def open_documents(data: Data, config: DataConfig) -> Documents:
     Args:
         data: One of
 
-            - a path to a `.txt`, `.jsonl`, `.parquet` or `.npy` file, or to a folder of them (sub-folders included,
-              other files ignored), or to a folder written by `Dataset.save_to_disk`;
+            - a path to a `.txt`, `.jsonl`, `.parquet` or `.npy` file, or to a folder of them (sub-folders included;
+              of other files a warning gives the number), or to a folder written by `Dataset.save_to_disk`;
             - a path to a token folder (`unweave tokenize`), or to a cache, which holds one;
             - a list of such paths, as `Path` objects, of text or of arrays;
             - `"stdlib"`: the text that every Python carries; any other name: a dataset of the Hugging Face hub;
@@ -178,10 +180,16 @@ class _StandardLibrary:
 def _files(path: Path, config: DataConfig) -> Documents:
     files = [path]
     if path.is_dir():
-        found = (file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
-        files = sorted(file for file in found if not any(p.startswith(".") for p in file.relative_to(path).parts))
+        found = sorted(file for file in path.rglob("*") if file.is_file() and file.name not in _ABOUT_DATA)
+        found = [file for file in found if not any(p.startswith(".") for p in file.relative_to(path).parts)]
+        files = [file for file in found if file.suffix.lower() in _SUFFIXES]
         if not files:
             raise UnweaveError(f"the folder {path} holds no {', '.join(_SUFFIXES)} file.")
+        if len(found) > len(files):
+            others = sorted({file.suffix or file.name for file in found} - {file.suffix for file in files})
+            kinds = ", ".join([*others[:5], *["..."] * (len(others) > 5)])
+            counts = f"{len(files):,} of {len(found):,} files are read"
+            warnings.warn(f"in the folder {path}, {counts}; others are of no such kind ({kinds}).", stacklevel=2)
     elif path.suffix.lower() not in _SUFFIXES:
         raise UnweaveError(f"{path} is none of the kinds of files that can be read: {', '.join(_SUFFIXES)}.")
     arrays = {file.suffix.lower() == ".npy" for file in files}
@@ -207,4 +215,4 @@ def _refuse_missing_path(data: str | Path, path: Path) -> None:
     """A name on the hub is `name` or `owner/name`, without a suffix of ours; anything else was meant as a path."""
     written = str(data)
     if path.suffix.lower() in _SUFFIXES or is_written_as_path(data):
-        raise UnweaveError(f"there is no file or folder {written}{near_path(path)}")
+        raise UnweaveError(f"there is no file or folder {written}{nearest_beside(path) or '.'}")

@@ -6,6 +6,7 @@ wrapper makes them track offsets too, and converts more than the ids, which take
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,10 @@ from unweave.activations.records import Document, TokenIds, Unreadable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_TOKENIZING = threading.Lock()
+"""A tokenizer that is being set up must not be in use; and while one thread unpacks its ids, another takes its turn."""
 
 
 class Encoder:
@@ -63,14 +68,18 @@ class Encoder:
     def _encode(self, texts: list[str]) -> list[TokenIds]:
         if self._tokenizer is None:
             raise UnweaveError(f"{self._name} holds text, and there is no tokenizer to read it with.")
+        with _TOKENIZING:
+            if self._direct:
+                self._tokenizer([""], add_special_tokens=False)  # sets no truncation, no padding, and what is special
+                backend: Any = self._tokenizer.backend_tokenizer
+                fast = backend.encode_batch_fast(texts, add_special_tokens=False)
+            else:
+                encoded = self._tokenizer(
+                    texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
+                    verbose=False,
+                )  # fmt: skip
         if self._direct:
-            self._tokenizer([""], add_special_tokens=False)  # sets no truncation, no padding, and what is special
-            backend: Any = self._tokenizer.backend_tokenizer
-            fast = backend.encode_batch_fast(texts, add_special_tokens=False)
             return [np.array(encoding.ids, dtype=np.int64) for encoding in fast]
-        encoded = self._tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )
         return [np.array(ids, dtype=np.int64) for ids in encoded["input_ids"]]
 
     def _lay_out(self, chats: list[Any]) -> list[str]:

@@ -45,12 +45,6 @@ def is_written_as_path(data: str | Path) -> bool:
     )
 
 
-def near_path(path: Path) -> str:
-    """The end of a sentence about a path that is not there: the nearest ones that are."""
-    beside = path.parent
-    return (nearest(path.name, (file.name for file in beside.iterdir())) if beside.is_dir() else "") or "."
-
-
 class Choice(Protocol):
     """Which part of a dataset to read."""
 

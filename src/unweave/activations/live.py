@@ -6,7 +6,6 @@ in; row `i` is the same token at every hook. Activations that are not finite sto
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unweave._errors import UnweaveError
-from unweave.activations.masks import MaskConfig, MaskReport, Masks
+from unweave.activations.masks import MaskConfig, MaskReport, Masks, lengths_of
 from unweave.activations.rows import Batch, Rows
 from unweave.activations.transfer import moved
 from unweave.models import Hook, LoadedModel, Meter, capture, copied_bytes, copy_in, dtype_of, lean
+from unweave.models.meter import typical_seconds
 
 _MAX_EMPTY_PASSES = 64
 
@@ -168,11 +168,8 @@ class ActivationStream(Iterator[dict[str, Tensor]]):
         before = self._masks.state_dict()
         with Meter() as meter:
             done = self._run(batch)
-        start, made = time.perf_counter(), 0
-        while made < passes or time.perf_counter() - start < seconds:
-            done = self._run(batch)  # counting its tokens waits for an asynchronous device
-            made += 1
-        seconds = (time.perf_counter() - start) / made
+        # Counting a pass's tokens waits for an asynchronous device.
+        taken = typical_seconds(lambda: self._run(batch), passes, seconds)
         self._masks.load_state_dict(before)
         kept = _n_rows(done)
         if not kept:
@@ -183,7 +180,7 @@ class ActivationStream(Iterator[dict[str, Tensor]]):
             raise UnweaveError(f"the masks left no token of a pass: {why}.")
         sizes = {name: x.shape[1] * x.element_size() for name, x in done.activations.items()}
         return StreamCost(
-            tokens_per_second=kept / seconds,
+            tokens_per_second=kept / taken,
             kept=kept / int(batch.real.sum()),
             bytes_per_token=sizes,
             widths={name: x.shape[1] for name, x in done.activations.items()},
@@ -247,7 +244,7 @@ class ActivationStream(Iterator[dict[str, Tensor]]):
         records = {name: x.flatten()[kept] for name, x in batch.records().items()}
         if not len(kept):
             return Pass(self._moved(activations), records)
-        norms = {name: torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for name, x in activations.items()}
+        norms = {name: lengths_of(x) for name, x in activations.items()}
         for name, norm in norms.items():
             if not norm.isfinite().all():
                 i = int((~norm.isfinite()).nonzero()[0])

@@ -154,6 +154,11 @@ class Masks:
         self.report = MaskReport(**state | {"median_norm": dict(state["median_norm"])})
 
 
+def lengths_of(x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n"]:
+    """Length of each activation, in float32 or, of wider activations, in their own type."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
 def kept_positions(positions: str | Sequence[int] | None, context: int) -> Bool[Tensor, " context"]:
     """True where a position of the row is kept.
 

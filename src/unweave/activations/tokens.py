@@ -77,6 +77,8 @@ class TokenRows:
 
     Attributes:
         source: The opened data.
+        epoch_tokens: How many tokens the data give when they are read once, the last unfinished row included; None as
+            long as they have not been read to their end, unless it stands in a token folder.
         begin: Id of the token in front of each document; None if there is none.
         separator: Id of the token between documents; None if there is none.
 
@@ -114,6 +116,10 @@ class TokenRows:
         self._last: int | None = None
         self._n_documents = self._n_tokens = self._n_in_epoch = 0
         self._exhausted = False
+        self.epoch_tokens: int | None = None
+        if folder is not None:
+            rows = folder.n_rows("held_out" if held_out else "train")
+            self.epoch_tokens = rows * (folder.context // config.context * config.context)
 
     @property
     def context(self) -> int:
@@ -156,6 +162,7 @@ class TokenRows:
             "last": self._last,
             "counts": [self._n_documents, self._n_tokens, self._n_in_epoch],
             "exhausted": self._exhausted,
+            "epoch_tokens": self.epoch_tokens,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -173,6 +180,7 @@ class TokenRows:
         self._start = 0
         self._last, self._exhausted = state["last"], state["exhausted"]
         self._n_documents, self._n_tokens, self._n_in_epoch = state["counts"]
+        self.epoch_tokens = state["epoch_tokens"]
 
     def _identity(self) -> dict[str, Any]:
         return asdict(self.config) | {"fingerprint": self.source.fingerprint, "side": self.held_out}
@@ -187,7 +195,8 @@ class TokenRows:
         self._numbers = np.concatenate([self._numbers[self._start :], numbers])
         self._start = 0
         self._n_tokens += len(ids)
-        self._n_in_epoch += len(ids)
+        # Padding does not count; the rows of a token folder may have no numbers of documents.
+        self._n_in_epoch += len(ids) if self.source.folder else int(np.count_nonzero(numbers >= 0))
         return None
 
     def _next_rows(self) -> tuple[TokenIds, TokenIds] | None:
@@ -233,6 +242,8 @@ class TokenRows:
             )
         if not self._n_in_epoch:
             raise UnweaveError(f"{self.source.name} gave nothing in epoch {self.epoch}: it cannot be read twice.")
+        if self.source.folder is None:
+            self.epoch_tokens = self._n_in_epoch
         if self.repeat:
             self._reader.start_epoch(self.epoch + 1)
             self._n_in_epoch = 0

@@ -1,12 +1,14 @@
 """The command line: `unweave train` and its siblings. One file per command, thin over the library.
 
-Exit status: 0 when it worked, 2 when the input was wrong (one sentence says what), 130 after Ctrl-C, 1 for a bug.
+Exit status: 0 when it worked, 2 when the input was wrong (one sentence says what), 130 after Ctrl-C, 141 when
+whatever read the output stopped reading (`| head`), 1 for a bug.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import select
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -38,6 +40,28 @@ FILES = {"eval": "evaluate"}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()  # here, where a reader that has gone can still be told from a bug
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        return 141  # as a shell says of a program that SIGPIPE ended
+
+
+def _reader_has_gone() -> bool:
+    """Whether nobody reads standard output any more; what is still to be written is then dropped."""
+    out, poll = sys.stdout.fileno(), select.poll()
+    poll.register(out, 0)  # errors are reported whatever is asked for
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), out)
+    return True
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     # On a busy machine OpenMP's threads would burn their time spinning while they wait for each other. Read when
     # torch is imported, which is after this.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

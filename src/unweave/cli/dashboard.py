@@ -37,13 +37,16 @@ class DashboardArgs:
 
     def run(self) -> None:
         from unweave.dashboard import dashboard, image_dashboard
+        from unweave.dashboard.page import check_replaceable
         from unweave.sae import SAE
 
+        path = self.out or self.sae / "features.html"
+        check_replaceable(path)
         sae = SAE.load(saved(self.sae))
         write = image_dashboard if "images" in sae.metadata else dashboard
         with status("looking for features") as tick:
             path = write(
                 sae, **source_of(sae, self), hook=self.hook, tokens=self.tokens, n_features=self.features,
-                path=self.out or self.sae / "features.html", seed=self.seed, progress=tick,
+                path=path, seed=self.seed, progress=tick,
             )  # fmt: skip
         print(f"saved {path}")

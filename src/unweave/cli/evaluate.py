@@ -77,10 +77,17 @@ def saved(path: Path) -> Path:
         raise UnweaveError(f"{str(path)!r} is a file, and the folder of an SAE is needed.")
     if any(known.matches(source) for known in formats().values()):
         return path
-    found = {file.parent for deep in ("*", "*/*", "*/*/*") for file in path.glob(f"{deep}/{CONFIG}")}
-    below = [str(folder) for folder in found if not {"training", "checkpoints"} & set(folder.parts)]
-    has = f"; there is one in {some(sorted(below))}." if below else f" ({CONFIG} is missing), and none below it."
+    below = [str(folder) for folder in saes_below(path)]
+    has = f"; there is one in {some(below)}." if below else f" ({CONFIG} is missing), and none below it."
     raise UnweaveError(f"the folder {str(path)!r} has no SAE in it{has}")
+
+
+def saes_below(path: Path) -> list[Path]:
+    """The folders of saved SAEs in a folder, such as a run's."""
+    from unweave.sae.files import CONFIG
+
+    found = {file.parent for deep in ("*", "*/*", "*/*/*") for file in path.glob(f"{deep}/{CONFIG}")}
+    return sorted(folder for folder in found if not {"training", "checkpoints"} & set(folder.relative_to(path).parts))
 
 
 def there(path: Path) -> Path:
@@ -89,7 +96,7 @@ def there(path: Path) -> Path:
     Raises:
         UnweaveError: There is nothing at it; naming the nearest folder or release.
     """
-    from unweave._errors import UnweaveError, nearest
+    from unweave._errors import UnweaveError, nearest_beside
     from unweave.hub.published import directory
 
     if path.exists():
@@ -99,8 +106,7 @@ def there(path: Path) -> Path:
             f"{str(path)!r} is a release on the Hub, and a folder is needed: save one of its SAEs by "
             f"SAE.from_pretrained({str(path)!r}, ID).save(FOLDER); `unweave info {path}` lists them."
         )
-    beside = path.parent.iterdir() if path.parent.is_dir() else ()
-    near = nearest(str(path), [*(str(other) for other in beside if other.is_dir()), *directory()])
+    near = nearest_beside(path, directory(), folders=True)
     raise UnweaveError(f"there is no folder {str(path)!r}, and no release of this name{near or '.'}")
 
 

@@ -62,7 +62,7 @@ def verify(folder: Path) -> None:
 
 def fact_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """The same in lines for people: a row of a cache is one token's activations, a row of tokens is a text."""
-    from unweave.training.plan import size
+    from unweave.training.buffers import size
 
     row = "tokens" if "hooks" in facts else f"rows of {facts['context']} tokens"
     sides = {name: facts.get(f"{name}_rows") for name in ("train", "held_out")}

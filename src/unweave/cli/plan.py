@@ -42,7 +42,8 @@ class PlanArgs(TrainArgs):
         from unweave.activations.cache.plan import plan_cache
         from unweave.activations.limits import free_disk
         from unweave.models import TOKEN_KINDS
-        from unweave.training.plan import duration, size
+        from unweave.training.buffers import size
+        from unweave.training.plan import duration
         from unweave.training.session import Session
         from unweave.training.train import prepare
 

@@ -13,8 +13,26 @@ import hashlib
 import html
 import json
 from importlib.resources import files
+from pathlib import Path
 from string import Template
 from typing import Any
+
+from unweave._errors import UnweaveError
+
+_SIGNED = b"unweave</title>"
+"""What the title of each page ends with."""
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuse a file that is there already and is no page of ours.
+
+    Raises:
+        UnweaveError: It is another file, or a folder.
+    """
+    if path.is_dir():
+        raise UnweaveError(f"the output {str(path)!r} is a folder; name a file.")
+    if path.is_file() and _SIGNED not in path.read_bytes():
+        raise UnweaveError(f"the file {str(path)!r} is there already and is no page of features: name another one.")
 
 
 def render(data: dict[str, Any], *, title: str) -> str:

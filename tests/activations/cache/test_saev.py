@@ -175,7 +175,7 @@ def test_numbers_of_images_have_64_bits():
 
 
 def test_files_are_mapped_and_not_read(tmp_path):
-    """pitfall_223, pitfall_225: a row of a file larger than memory costs one row."""
+    """pitfall_223, pitfall_225, pitfall_239: a row of a file larger than memory costs one row."""
     tokens, d = 257, 1024
     write(tmp_path, activations(1, 1, tokens - 1, True, 1), [0], per_shard=1)
     per_shard = 2**20

@@ -183,6 +183,7 @@ def test_the_hash_is_of_content_and_not_of_places(letters: list[str], make_cache
 def test_a_cache_goes_on_with_nothing_else(
     letters: list[str], make_cache: Make, model: LoadedModel, make_tokenizer: Any
 ) -> None:
+    """pitfall_035: a change of any setting is noticed, and said."""
     make_cache("begun", rank=0, world=2)
     other = torch.nn.Module()
     other.embedding, other.h = torch.nn.Embedding(300, 6), model.module.h

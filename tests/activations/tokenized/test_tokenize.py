@@ -78,6 +78,17 @@ def test_the_split_is_that_of_live_text(
             assert sorted(live.ids.tolist()) == sorted(rows)
 
 
+def test_large_documents_are_split_as_live_text_is(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cutoff is chosen before the first chunk comes back, wherever chunks end: here one is full of documents, one
+    of characters, and one of a single document."""
+    monkeypatch.setattr(tokenize_module, "CHUNK_CHARS", 400)
+    texts = [*(f"short {i}" for i in range(7)), "long " * 80, "longer " * 200, *TEXTS]
+    folder = tokenize(texts, tmp_path / "t", tokenizer=tokenizer, config=DataConfig(context=16, held_out=0.3))
+    assert sum(folder.manifest["documents"].values()) == len(texts)
+
+
 def test_layouts_match_live_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """With one document in all, live rows have the same order, so they must agree token for token."""
     text = "one long document " * 40

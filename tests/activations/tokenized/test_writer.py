@@ -132,7 +132,7 @@ def test_killed_while_finishing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         return kill() if path.name == "manifest.json" else write_json(path, value)
 
     name, substitute = {
-        "manifest": ("write_json", kill_at_manifest), "describe": ("checksum", kill), "cut": ("npy_header", kill),
+        "manifest": ("write_json", kill_at_manifest), "describe": ("checksum", kill), "cut": ("cut_file", kill),
     }[at]  # fmt: skip
     with monkeypatch.context() as patched:
         patched.setattr(writer_module, name, substitute)

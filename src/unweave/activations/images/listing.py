@@ -15,14 +15,13 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor
 
-from unweave._errors import UnweaveError
+from unweave._errors import UnweaveError, nearest_beside
 from unweave.activations.hf_datasets import (
     is_hf_dataset,
     is_saved_dataset,
     is_written_as_path,
     load_by_name,
     load_saved,
-    near_path,
 )
 from unweave.activations.images.config import ImageConfig
 from unweave.activations.images.hf_images import dataset_images
@@ -169,7 +168,7 @@ def _open_path(data: str | Path, config: ImageConfig) -> Images:
             raise UnweaveError(f"{path} is none of the kinds of images that can be read: {', '.join(SUFFIXES)}.")
         return _of_files(str(path), Listing([path], [path.name], (), None, None), config)
     if is_written_as_path(data):
-        raise UnweaveError(f"there is no image or folder {data}{near_path(path)}")
+        raise UnweaveError(f"there is no image or folder {data}{nearest_beside(path) or '.'}")
     return dataset_images(load_by_name(str(data), config), str(data), config)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -108,3 +109,20 @@ def read_format(path: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return value.get("format") if isinstance(value, dict) else None
+
+
+def cut_file(path: Path, n: int, shape: tuple[int, int]) -> bool:
+    """Cut a file behind its first `n` numbers and give it the header for `shape`. False: it does not hold as many."""
+    try:
+        dtype, _ = read_npy_header(path)
+    except (OSError, ValueError):
+        return False
+    size = HEADER_BYTES + n * dtype.itemsize
+    if path.stat().st_size < size:
+        return False
+    with path.open("r+b") as file:
+        file.truncate(size)
+        file.write(npy_header(dtype, shape))
+        file.flush()
+        os.fsync(file.fileno())
+    return True

@@ -27,7 +27,7 @@ from unweave.activations.records import Document, TokenIds, Unreadable, size_of
 from unweave.activations.tokenized.folder import TokenFolder, open_token_folder
 from unweave.activations.tokenized.format import SIDES, Side
 from unweave.activations.tokenized.vocabulary import check_vocabulary, describe_tokenizer
-from unweave.activations.tokenized.workers import in_order
+from unweave.activations.tokenized.workers import AHEAD, in_order
 from unweave.activations.tokenized.writer import TokenWriter
 from unweave.activations.tokens import padding_token, special_tokens
 from unweave.models.load import LoadedModel, load_tokenizer
@@ -190,10 +190,7 @@ class _Run:
 
     def chunks(self) -> Iterator[_Chunk]:
         """The rest of the data."""
-        stream = self._read()
-        if self.state["cutoff"] is None:
-            first, self.state["cutoff"] = self._first_window(stream)
-            stream = (step for steps in (first, stream) for step in steps)
+        stream = self._read() if self.state["cutoff"] is not None else self._choose_cutoff(self._read())
         chunk = _Chunk(self.state["part"], self.state["skip"], self.state["number"])
         for chunk.part, chunk.skip, document in stream:
             chunk.add(document)
@@ -240,26 +237,34 @@ class _Run:
                 place += 1
                 yield i, place, document
 
-    def _first_window(
+    def _choose_cutoff(
         self, stream: Iterator[tuple[int, int, Document | Unreadable]]
-    ) -> tuple[list[tuple[int, int, Document | Unreadable]], float]:
-        """As much as live text looks at to choose the cutoff of the split, and the cutoff."""
-        steps, window, size, everything = [], list[Document](), 0, True
-        for step in stream:
-            steps.append(step)
+    ) -> Iterator[tuple[int, int, Document | Unreadable]]:
+        """The same, and as much as live text looks at to choose the cutoff of the split is read on the way.
+
+        That is done once two chunks are being tokenised, and before a third is full: the first comes back after it.
+        """
+        late, window, size, everything = [], list[Document](), 0, True
+        for seen, step in enumerate(stream):
             if not isinstance(step[2], Unreadable):
                 window.append(step[2])
                 size += size_of(step[2])
+            if seen < AHEAD * CHUNK_DOCUMENTS and size < AHEAD * CHUNK_CHARS:
+                yield step
+            else:
+                late.append(step)
             if len(window) >= limits.WINDOW_DOCUMENTS or size >= limits.WINDOW_BYTES:
                 everything = False
                 break
-        return steps, cutoff_of(window, self.config.held_out, everything=everything)
+        self.state["cutoff"] = cutoff_of(window, self.config.held_out, everything=everything)
+        yield from late
+        yield from stream
 
     def _append(self, chunk: _Chunk, results: list[TokenIds | Unreadable]) -> None:
         found: dict[Side, list[tuple[int, TokenIds]]] = {side: [] for side in SIDES}
         unreadable = [*chunk.unreadable]
         for document, number, ids in zip(chunk.documents, chunk.numbers, results, strict=True):
-            if not isinstance(ids, Unreadable) and (reason := self._refusal(ids)):
+            if isinstance(document, np.ndarray) and (reason := self._refusal(document)):
                 ids = Unreadable(reason)
             if isinstance(ids, Unreadable):
                 unreadable.append(Unreadable(f"document {number}: {ids.reason}"))

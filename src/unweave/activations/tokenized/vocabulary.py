@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from unweave._errors import UnweaveError
 from unweave._hub import asked_once
-from unweave.models.load import fingerprint, load_tokenizer
+from unweave.models.load import fingerprint, hash_of, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,8 +21,11 @@ FINGERPRINT_KEY = "unweave_tokenizer_fingerprint"
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> dict[str, Any]:
     """What is recorded of a tokenizer: its name, the hash of its vocabulary, and one more than its largest id."""
-    size = 1 + max(tokenizer.get_vocab().values(), default=-1)
-    return {"name": name or str(tokenizer.name_or_path), "fingerprint": fingerprint(tokenizer), "vocab_size": size}
+    vocabulary = tokenizer.get_vocab()
+    size = 1 + max(vocabulary.values(), default=-1)
+    return {
+        "name": name or str(tokenizer.name_or_path), "fingerprint": hash_of(vocabulary), "vocab_size": size,
+    }  # fmt: skip
 
 
 def check_vocabulary(where: str, made_with: dict[str, Any] | None, tokenizer: PreTrainedTokenizerBase) -> None:

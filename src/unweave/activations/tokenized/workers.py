@@ -18,7 +18,7 @@ from unweave.activations.records import Document, TokenIds, Unreadable
 
 Encoded = list[TokenIds | Unreadable]
 AHEAD = 2
-"""Chunks that wait for each process."""
+"""Chunks that wait for each process; none is given back before so many more were read."""
 
 
 class HasDocuments(Protocol):
@@ -36,8 +36,8 @@ def in_order(chunks: Iterable[Chunk], encoder: Encoder, processes: int) -> Itera
         UnweaveError: A process died.
     """
     pool: Executor
-    if processes == 1:  # the tokenizer lets go of Python's lock and has threads of its own
-        pool, encode = ThreadPoolExecutor(1), encoder.one_by_one
+    if processes == 1:  # the tokenizer lets go of Python's lock and has threads of its own; the second unpacks its ids
+        pool, encode = ThreadPoolExecutor(2), encoder.one_by_one
     else:
         # Not forked: the tokenizer's threads and PyTorch's would not survive that.
         context = get_context("spawn")

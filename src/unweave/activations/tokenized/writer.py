@@ -22,7 +22,6 @@ from unweave._errors import UnweaveError, nearest
 from unweave._files import write_json
 from unweave.activations.tokenized.format import (
     FORMAT,
-    HEADER_BYTES,
     INT32,
     MANIFEST,
     OURS,
@@ -31,6 +30,7 @@ from unweave.activations.tokenized.format import (
     VERSION,
     Side,
     checksum,
+    cut_file,
     documents_name,
     npy_header,
     read_npy_header,
@@ -226,7 +226,7 @@ class TokenWriter:
                     path.unlink()
             for name, n in wanted.items():
                 rows = n // self.context if final else self.shard_rows
-                if not _cut_file(self.folder / name, n, (rows, self.context)):
+                if not cut_file(self.folder / name, n, (rows, self.context)):
                     lost.append(name)
         if lost:
             raise UnweaveError(f"in {self.folder}, {', '.join(lost)} lost what had been written: it cannot be resumed.")
@@ -281,22 +281,6 @@ class TokenWriter:
 def _flush(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _cut_file(path: Path, n: int, shape: tuple[int, int]) -> bool:
-    """Cut a file behind its first `n` numbers and give it the header for `shape`. False: it does not hold as many."""
-    try:
-        dtype, _ = read_npy_header(path)
-    except (OSError, ValueError):
-        return False
-    size = HEADER_BYTES + n * dtype.itemsize
-    if path.stat().st_size < size:
-        return False
-    with path.open("r+b") as file:
-        file.truncate(size)
-        file.write(npy_header(dtype, shape))
-        _flush(file)
-    return True
 
 
 def _read(path: Path) -> dict[str, Any]:
