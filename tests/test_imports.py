@@ -26,6 +26,7 @@ def modules_after(program: str) -> set[str]:
 
 
 def test_import_unweave_loads_nothing_heavy() -> None:
+    """pitfall_311: importing takes no seconds, for it pulls in nothing that does."""
     assert modules_after("import unweave") & (HEAVY | {"torch", "numpy", "rich", "tyro", "huggingface_hub"}) == set()
 
 

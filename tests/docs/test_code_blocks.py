@@ -66,6 +66,7 @@ def seed_hub(hub: Any, folder: Path) -> None:
 def test_what_the_page_shows_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
+    """pitfall_20 of what users ask for: tutorials that reproduce."""
     if page.stem in HUB_PAGES:
         seed_hub(request.getfixturevalue("hub"), tmp_path / "published")
     monkeypatch.chdir(tmp_path)
