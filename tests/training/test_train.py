@@ -192,7 +192,10 @@ def test_resuming_another_run_is_refused(config, tiny_model, monkeypatch):
 def test_a_finished_run_is_resumed_as_it_is(config, tiny_model, monkeypatch):
     result = train(config, model=tiny_model, progress=False)
     monkeypatch.setattr(trainer, "_check_batch", None)  # nothing is trained
+    left = config_path(config) / ".eval.json.999999.tmp"
+    left.write_text("{")
     again = train(config, model=tiny_model, resume=True, progress=False)
+    assert not left.exists()
     assert again.folders == result.folders
     assert again.history == result.history
     x = torch.randn(20, 16)

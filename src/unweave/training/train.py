@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from unweave._errors import UnweaveError
-from unweave._files import remove_folder
+from unweave._files import remove_folder, remove_leftovers
 from unweave.activations.limits import trim_memory
 from unweave.models import LoadedModel, load_model, resolve_hooks
 from unweave.sae import SAE
@@ -153,6 +153,7 @@ def train(
     checkpoint = check_folder(config, out, resume=resume, overwrite=overwrite)
     session = prepare(config, model, data, start)
     if resume and out is not None and is_finished(out):
+        remove_leftovers(out)  # of an evaluation that was killed
         return _saved(session, out)
     plan = session.plan()
     plan.check()
