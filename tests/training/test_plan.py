@@ -97,7 +97,8 @@ def test_the_peak_of_a_run_is_what_its_plan_says(texts, tiny_model):
     with Meter() as meter:
         train(config, model=tiny_model, data=texts, progress=False)
     planned = peak([b for b in plan.buffers if not b.present], "cpu")  # what steps reuse is there since it was planned
-    assert planned / 1.2 < meter.peak < planned * 1.2
+    # A pass may have been measured with what the garbage collector had yet to take of the one before.
+    assert planned / 1.5 < meter.peak < planned * 1.2
 
 
 @pytest.mark.parametrize("low", [False, True])

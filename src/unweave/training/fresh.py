@@ -33,7 +33,7 @@ def scale_of(sample: Float[Tensor, "n d"], widths: Mapping[str, int] | None = No
     """
     if widths is None:
         # In float64, as a square may leave float32's range; part by part, as that takes twice the memory.
-        total = sum(part.double().square().sum() for part in sample.split(_PART))
+        total = sum(part.double().square().sum() for part in sample.detach().split(_PART))
         mean_square = float(total) / len(sample)
         if mean_square == 0:
             raise UnweaveError("all activations of the first batch are 0, so there is nothing to train on.")
