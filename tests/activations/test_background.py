@@ -191,6 +191,7 @@ class Slow(torch.nn.Module):
             time.sleep(0.05)
             self.layer(torch.zeros(1))
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 ids = torch.zeros(64, 8, dtype=torch.int64).numpy()
 rows = TokenRows(ids, None, DataConfig(context=8, bos=False, held_out=0), held_out=False)
 ahead = Background(ActivationStream(LoadedModel(Slow(), None, "slow"), [Hook("never")], rows, prompts_per_pass=2))
