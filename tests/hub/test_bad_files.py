@@ -340,7 +340,7 @@ def test_hints_and_formats_that_are_not_known(tmp_path: Path) -> None:
     with pytest.raises(UnweaveError, match="Known are: ") as failure:
         read_sae(tmp_path / "empty")
     assert all(name in str(failure.value) for name in formats())
-    with pytest.raises(UnweaveError, match="did you mean '.*sae'"):
+    with pytest.raises(UnweaveError, match=r"did you mean '.*sae'"):
         read_sae(tmp_path / "sea")
 
 

@@ -282,7 +282,7 @@ def test_damaged_files(tmp_path):
     (folder / "cfg.json").write_text("{")
     with pytest.raises(UnweaveError, match="not valid JSON"):
         SAE.load(folder)
-    with pytest.raises(UnweaveError, match="did you mean '.*sae'"):
+    with pytest.raises(UnweaveError, match=r"did you mean '.*sae'"):
         SAE.load(tmp_path / "sea")
 
 
