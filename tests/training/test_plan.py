@@ -97,7 +97,7 @@ def test_the_peak_of_a_run_is_what_its_plan_says(texts, tiny_model):
     with Meter() as meter:
         train(config, model=tiny_model, data=texts, progress=False)
     planned = peak([b for b in plan.buffers if not b.present], "cpu")  # what steps reuse is there since it was planned
-    # A pass may have been measured with what the garbage collector had yet to take of the one before.
+    # Behind other tests the plan was once 1.27 times the peak, and it is not known why; alone it is 0.96 times.
     assert planned / 1.5 < meter.peak < planned * 1.2
 
 
