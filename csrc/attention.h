@@ -2,6 +2,7 @@
 // is one softmax, and no running one. Needs the products of bf16 pairs of AVX512-BF16.
 #pragma once
 
+#include <atomic>
 #include <cstdlib>
 
 #include "vectors.h"
@@ -90,7 +91,7 @@ inline float numerators(const float *scores, int64_t count, int64_t end, float s
 inline uint32_t pair_of(bf16 low, bf16 high) { return uint32_t(low.bits) | uint32_t(high.bits) << 16; }
 
 // What one thread works with: keys as pairs of elements `(width / 2, room)`, values as pairs of positions
-// `(room / 2, width)`, and of a few queries themselves, their scores, numerators and outputs.
+// `(room / 2, width)`, and of a few queries themselves, their scores, numerators and outputs. Without `memory`, nothing.
 struct AttentionScratch {
     uint32_t *keys, *values;
     float *scores, *sums;
@@ -100,6 +101,7 @@ struct AttentionScratch {
     AttentionScratch(int64_t room, int64_t width) {
         const int64_t packed = room * width * 2, rows = QUERIES * room * 4, outputs = QUERIES * width * 4;
         memory = static_cast<char *>(std::aligned_alloc(64, 2 * packed + rows + rows / 2 + outputs + outputs / 2));
+        if (!memory) return;
         keys = reinterpret_cast<uint32_t *>(memory);
         values = reinterpret_cast<uint32_t *>(memory + packed);
         scores = reinterpret_cast<float *>(memory + 2 * packed);
@@ -143,20 +145,23 @@ inline void attend(const Attention &a, const bf16 *q, const bf16 *k, const bf16 
     }
 }
 
-// The output is (batch, length, heads, width); the width is a multiple of 16.
-inline void attention(const Attention &a, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out) {
-    const int64_t room = (a.length + 15) / 16 * 16;
+// The output is (batch, length, heads, width); the width is a multiple of 16. False if no thread was given memory, and
+// nothing was written.
+inline bool attention(const Attention &a, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out) {
+    const int64_t room = (a.length + 15) / 16 * 16, count = a.batch * a.heads;
+    std::atomic<int64_t> next{0};
 #pragma omp parallel
     {
         const AttentionScratch scratch(room, a.width);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < a.batch * a.heads; i++) {
+        // A thread without memory leaves all of the work to the others.
+        for (int64_t i; scratch.memory && (i = next++) < count;) {
             const int64_t b = i / a.heads, h = i % a.heads, g = h / a.groups;
             attend(a, q + b * a.q.batch + h * a.q.head, k + b * a.k.batch + g * a.k.head,
                    v + b * a.v.batch + g * a.v.head, out + (b * a.length * a.heads + h) * a.width, a.heads * a.width,
                    room, scratch);
         }
     }
+    return next >= count;
 }
 
 #endif

@@ -13,17 +13,21 @@ inline void put_one(bf16 *p, float v) { *p = rounded(v); }
 // A thread works on its own columns, row after row, so column sums have one order.
 constexpr int64_t COLUMNS = 512;
 
-// codes = pre where pre > theta, else 0. Adds to `active` how often each latent is, and to `sums` its codes.
+// codes = pre where pre > theta, else 0. Adds to `active` how often each latent is, and to `sums` its codes. Returns
+// whether all of `pre` is finite.
 template <class T>
-void dense_codes(const T *pre, int64_t n, int64_t m, const float *theta, T *codes, float *active, float *sums) {
-#pragma omp parallel for schedule(static)
+bool dense_codes(const T *pre, int64_t n, int64_t m, const float *theta, T *codes, float *active, float *sums) {
+    float odd = 0;  // 0, or NaN
+#pragma omp parallel for schedule(static) reduction(+ : odd)
     for (int64_t start = 0; start < m; start += COLUMNS) {
         const int64_t end = start + COLUMNS < m ? start + COLUMNS : m;
+        Vec odd_lanes{};
         for (int64_t i = 0; i < n; i++) {
             int64_t c = start;
             for (; c + LANES <= end; c += LANES) {
                 const Vec v = load(pre + i * m + c), bound = load(theta + c);
                 const Vec code = v > bound ? v : Vec{};
+                odd_lanes += v - v;
                 put(codes + i * m + c, code);
                 store(active + c, load(active + c) + (v > bound ? all(1) : Vec{}));
                 store(sums + c, load(sums + c) + code);
@@ -31,12 +35,15 @@ void dense_codes(const T *pre, int64_t n, int64_t m, const float *theta, T *code
             for (; c < end; c++) {
                 const float v = value(pre[i * m + c]);
                 const bool on = v > theta[c];
+                odd += v - v;
                 put_one(codes + i * m + c, on ? v : 0);
                 active[c] += on;
                 sums[c] += on ? v : 0;
             }
         }
+        odd += sum(odd_lanes);
     }
+    return odd == 0;
 }
 
 // What flows back to the codes, `back`, becomes what flows back to the pre-activations: `add` is added, and where

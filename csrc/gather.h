@@ -67,6 +67,7 @@ inline const char *find(const Stretch *stretches, const int64_t *starts, int64_t
 // Kinds of elements: fp32 (0), bf16 (1), fp16 (2), int8 (3). Row i of a stretch has the number starts[stretch] + i.
 inline void gather_rows(const int64_t *rows, int64_t n, int64_t d, const Stretch *stretches, const int64_t *starts,
                         int64_t count, int64_t kind, bool wide, char *out, int64_t threads) {
+    (void)threads;  // without OpenMP
     const int64_t size = kind == 0 ? 4 : kind == 3 ? 1 : 2, out_size = wide ? 4 : size, bytes = d * size;
     constexpr int64_t NEXT = 4;  // rows between asking for one and copying it
 #pragma omp parallel num_threads(threads)

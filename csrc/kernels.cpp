@@ -1,6 +1,7 @@
 // The C interface, compiled once for each target: every function is exported as uw_NAME_TARGET.
 // Callers check shapes, types and index ranges; nothing is checked here.
 #include "attention.h"
+#include "copying.h"
 #include "dense.h"
 #include "fused.h"
 #include "gather.h"
@@ -178,12 +179,11 @@ void UW_EXPORT(finish_groups)(void *handle, const float *x, const float *weight,
     finish_groups(*static_cast<Collector *>(handle), x, weight, SCREEN, m, d, groups, size, indices, values);
 }
 
-void UW_EXPORT(dense_codes)(const void *pre, i64 half, i64 n, i64 m, const float *theta, void *codes, float *active,
-                            float *sums) {
+i64 UW_EXPORT(dense_codes)(const void *pre, i64 half, i64 n, i64 m, const float *theta, void *codes, float *active,
+                           float *sums) {
     if (half)
-        dense_codes(static_cast<const bf16 *>(pre), n, m, theta, static_cast<bf16 *>(codes), active, sums);
-    else
-        dense_codes(static_cast<const float *>(pre), n, m, theta, static_cast<float *>(codes), active, sums);
+        return dense_codes(static_cast<const bf16 *>(pre), n, m, theta, static_cast<bf16 *>(codes), active, sums);
+    return dense_codes(static_cast<const float *>(pre), n, m, theta, static_cast<float *>(codes), active, sums);
 }
 
 void UW_EXPORT(dense_back)(void *back, const void *pre, i64 half, i64 n, i64 m, const float *theta, const float *add,
@@ -223,16 +223,24 @@ void UW_EXPORT(gather_rows)(const i64 *rows, i64 n, i64 d, const void *stretches
                 static_cast<char *>(out), threads);
 }
 
+// 0 if all values are finite, 1 if some are not, 2 if the file ends before the matrix does or cannot be read, 3 if there
+// is no memory for what it works with.
+int UW_EXPORT(copy_matrix)(const void *memory, i64 file, i64 offset, i64 rows, i64 columns, i64 row_stride, i64 kind,
+                           void *out, i64 out_stride, i64 wide, i64 transposed, i64 threads) {
+    const Stored from{static_cast<const char *>(memory), file, offset, rows, columns, row_stride};
+    return copy_matrix(from, kind, out, out_stride, wide != 0, transposed != 0, threads);
+}
+
 // Strides: of queries, keys and values along the batch, the heads and the positions. Returns 1 if there is no such kernel
-// for this target; then nothing was written.
+// for this target, 2 if there is no memory for what it works with; then nothing was written.
 int UW_EXPORT(attention)(const void *q, const void *k, const void *v, void *out, i64 batch, i64 heads, i64 groups,
                          i64 length, i64 width, const i64 *strides, float scale, i64 causal) {
 #if defined(__AVX512BF16__)
     const auto at = [strides](int i) { return Strides{strides[i], strides[i + 1], strides[i + 2]}; };
     const Attention a{batch, heads, groups, length, width, at(0), at(3), at(6), scale, causal != 0};
-    attention(a, static_cast<const bf16 *>(q), static_cast<const bf16 *>(k), static_cast<const bf16 *>(v),
-              static_cast<bf16 *>(out));
-    return 0;
+    const bool done = attention(a, static_cast<const bf16 *>(q), static_cast<const bf16 *>(k),
+                                static_cast<const bf16 *>(v), static_cast<bf16 *>(out));
+    return done ? 0 : 2;
 #else
     (void)q, (void)k, (void)v, (void)out, (void)batch, (void)heads, (void)groups, (void)length, (void)width;
     (void)strides, (void)scale, (void)causal;

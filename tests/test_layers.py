@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 
 import unweave
+from unweave.activations import DataConfig, ImageConfig, MaskConfig
+from unweave.objectives import EndToEnd
+from unweave.training import SAEConfig, TrainConfig
 
 SOURCE = Path(unweave.__file__).parent
 MAX_LINES = 320
@@ -21,7 +25,7 @@ BELOW = {
     "_late": set(),
     "_files": {"_errors", "_mapped"},
     "_hub": set(),
-    "_mapped": {"_errors"},
+    "_mapped": {"_errors", "kernels"},
     "kernels": {"_errors"},
     "sae": BASE | {"_late", "_mapped", "kernels"},
     "objectives": BASE | {"kernels", "sae"},
@@ -158,13 +162,15 @@ def dangers(source: str, layer: str) -> list[str]:
                 found.append("allow_pickle")
             if call == "breakpoint" or call.endswith(".set_trace"):
                 found.append("a breakpoint")
+            if call == "NotImplementedError":
+                found.append("something that is not there")
             if keywords.get("verify") == "False":
                 found.append("TLS that is not verified")
     return found
 
 
 def test_nothing_is_unpickled_or_printed() -> None:
-    """pitfall_238, pitfall_257: and no call leaves TLS unverified or stops in a debugger."""
+    """pitfall_238, 257, 341: nor is TLS left unverified, a debugger called, or an option there that is not."""
     found = {module: dangers(source, layer_of(module)) for module, source in MODULES.items()}
     assert {module: what for module, what in found.items() if what} == {}
 
@@ -182,10 +188,42 @@ def test_nothing_is_unpickled_or_printed() -> None:
         "breakpoint()",
         "pdb.set_trace()",
         "httpx.get(url, verify=False)",
+        "raise NotImplementedError('later')",
     ],
 )
 def test_a_danger_is_found(line: str) -> None:
     assert len(dangers(line, "sae")) == 1
+
+
+def test_one_place_edits_models() -> None:
+    """pitfall_261: whoever changes what a model computes goes through `models.hooks`; other hooks only look."""
+    hooked = {module for module, source in MODULES.items() if ".register_forward" in source}
+    looking = {"unweave.activations.background", "unweave.evaluation.replay", "unweave.models.precision"}
+    assert hooked == looking | {"unweave.models.hooks"}
+
+
+@pytest.mark.parametrize(
+    "kind", [TrainConfig, SAEConfig, EndToEnd, DataConfig, ImageConfig, MaskConfig], ids=lambda kind: kind.__name__
+)
+def test_every_setting_is_read(kind: type) -> None:
+    """pitfall_354: few settings in each class, and each is looked up somewhere."""
+    looked_up = {
+        node.attr
+        for source in MODULES.values()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    settings = {field.name for field in dataclasses.fields(kind)}
+    assert settings - looked_up == set()
+    assert len(settings) <= 36
+
+
+def test_devices_are_named_in_one_place() -> None:
+    """pitfall_359: of all settings of a run only `TrainConfig` has devices, and none has a dtype beside a precision."""
+    parts = (SAEConfig, EndToEnd, DataConfig, ImageConfig, MaskConfig)
+    assert [f.name for kind in parts for f in dataclasses.fields(kind) if "device" in f.name or "dtype" in f.name] == []
+    assert [f.name for f in dataclasses.fields(TrainConfig) if "device" in f.name] == ["device", "model_device"]
+    assert [f.name for f in dataclasses.fields(TrainConfig) if "dtype" in f.name] == []
 
 
 def test_files_open_with_a_docstring_and_stay_short() -> None:

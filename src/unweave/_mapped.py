@@ -1,22 +1,23 @@
-"""Tensors in files, looked at without being read, and then copied piece by piece into memory of their own.
+"""Tensors in files, looked at without being read, and then copied into memory of their own.
 
-A mapped tensor must not outlive the reading: who writes the file anew changes it, or ends the process. `own` copies it
-and gives the file's pages back as it goes, so that a file of 2 GB takes 2 GB and not 4.
+A mapped tensor must not outlive the reading: who writes the file anew changes it, or ends the process. `own` reads it
+past the mapping, or gives the mapping's pages back as it goes, so that a file of 2 GB takes 2 GB and not 4.
 """
 
 from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, finalize
 
 import torch
 from torch import Tensor
 
 from unweave._errors import UnweaveError
+from unweave.kernels import Mapped, copy_checked
 
 DTYPES = {
     "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
@@ -24,16 +25,42 @@ DTYPES = {
     "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 """Types of a safetensors file, in the order in which it holds its tensors."""
-_PIECE = 30_720  # elements: they stay in the cache of a core, and PyTorch works on fewer than 32 768 in one thread
-_RUN = 32  # pieces or blocks that a thread does in a row
 _WRITTEN_BYTES = 2 << 20  # that are copied at a time on their way to a file
-_BLOCK = (240, 120)  # rows and columns of a matrix that are transposed at a time, which are as few
 
 
 class Mapping(mmap.mmap):
-    """A file in memory; what is written to it stays there."""
+    """A file in memory, which is not to be written to there."""
 
+    path: Path
     address: int
+    file: int
+    """Descriptor, open as long as the mapping is there."""
+    state: tuple[int, int]
+
+    def check(self) -> None:
+        """Refuse a file that is no longer what was mapped.
+
+        Raises:
+            UnweaveError: Something was written to it, or cut off.
+        """
+        if _state(self.file) != self.state:
+            raise UnweaveError(f"{str(self.path)!r} was changed while it was read: read it again.")
+
+    def forget(self, tensor: Tensor) -> None:
+        """Give the pages back that lie wholly in or between a mapped tensor's rows; they can be read again."""
+        if tensor.numel() == 0 or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        start = tensor.data_ptr() - self.address
+        length = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        first, last = -(-start // mmap.PAGESIZE), (start + length * tensor.itemsize) // mmap.PAGESIZE
+        if last > first:
+            self.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
+
+
+def _state(file: int) -> tuple[int, int]:
+    """What changes when a file is written to."""
+    found = os.fstat(file)
+    return found.st_size, found.st_mtime_ns
 
 
 _MAPPINGS: WeakValueDictionary[int, Mapping] = WeakValueDictionary()
@@ -44,6 +71,8 @@ def map_file(path: Path) -> Mapping:
     """A file, mapped."""
     with path.open("rb") as file:
         mapping = Mapping(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        mapping.path, mapping.file, mapping.state = path, os.dup(file.fileno()), _state(file.fileno())
+    finalize(mapping, os.close, mapping.file)
     mapping.address = torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()
     return mapping
 
@@ -92,33 +121,32 @@ def is_own(tensor: Tensor) -> bool:
 
 
 def own(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
-    """A contiguous copy, and whether all of it is finite; a mapped tensor's pages are given back as they are copied."""
+    """A contiguous copy, and whether all of it is finite.
+
+    Raises:
+        UnweaveError: If the tensor lies in a file that was changed since it was mapped, or cannot be read.
+    """
     made = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
-    if tensor.ndim == 2 and not tensor.is_contiguous():
-        return made, fill(made, tensor)
-    return made, _copy(tensor.reshape(-1), made.view(-1), _PIECE)
+    return made, fill(made, tensor)
 
 
-def fill(made: Tensor, matrix: Tensor, factor: float = 1.0) -> bool:
-    """Copy a matrix, or the product with a factor, as `own` does, into (columns of) another; whether all is finite."""
-    if matrix.stride(1) != 1 and matrix.stride(0) == 1 and factor == 1:
-        return _transpose(matrix.T, made)
-    return _copy(matrix, made, max(1, _PIECE // max(1, matrix.shape[1])), factor)
+def fill(made: Tensor, tensor: Tensor, factor: float = 1.0) -> bool:
+    """Copy a tensor, or its product with a factor, into (columns of) another; whether all of it is finite.
 
-
-def _copy(source: Tensor, target: Tensor, rows: int, factor: float = 1.0) -> bool:
-    """Copy a vector or a matrix, so many rows at a time, and say whether all of it is finite."""
-
-    def work(job: tuple[Tensor, Tensor]) -> bool:
-        finite = True
-        for sources, targets in zip(*(part.split(rows) for part in job), strict=True):
-            for piece, place in zip(sources.split(_PIECE, -1), targets.split(_PIECE, -1), strict=True):
-                place.copy_(piece if factor == 1 else piece * factor)
-                finite = finite and _is_finite(place)  # while it is in cache
-        _forget(job[0])
-        return finite
-
-    return _all(work, list(zip(source.split(_RUN * rows), target.split(_RUN * rows), strict=True)))
+    Raises:
+        UnweaveError: Likewise.
+    """
+    mapping = _MAPPINGS.get(tensor.untyped_storage().data_ptr())
+    if mapping is None:
+        return copy_checked(tensor, made, factor=factor)
+    mapping.check()  # what is no longer in the file must not be looked at
+    place = Mapped(mapping.file, tensor.data_ptr() - mapping.address, mapping.forget)
+    try:
+        return copy_checked(tensor, made, place, factor=factor)
+    except OSError as error:
+        raise UnweaveError(f"{str(mapping.path)!r} cannot be read: {error}.") from error
+    finally:
+        mapping.check()
 
 
 def blocks(tensor: Tensor) -> Iterator[memoryview]:
@@ -138,67 +166,3 @@ def blocks(tensor: Tensor) -> Iterator[memoryview]:
 
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _transpose(matrix: Tensor, made: Tensor) -> bool:
-    """Fill `made` with the transpose of a matrix, block by block, and say whether all of it is finite.
-
-    PyTorch transposes fast only from contiguous to contiguous memory. So a block is copied out of the matrix,
-    transposed in cache, and copied to its place. All threads work on the same rows, which are given back after them.
-    """
-
-    def work(job: tuple[Tensor, Tensor]) -> bool:
-        finite = True
-        for source, target in zip(job[0].split(_BLOCK[1], 1), job[1].split(_BLOCK[1]), strict=True):
-            block = source.to(made.dtype).contiguous()
-            finite = finite and _is_finite(block)
-            target.copy_(block.T.contiguous())
-        return finite
-
-    finite, run = True, _RUN * _BLOCK[1]
-    for rows, columns in zip(matrix.split(_BLOCK[0]), made.split(_BLOCK[0], 1), strict=True):
-        finite = _all(work, list(zip(rows.split(run, 1), columns.split(run), strict=True))) and finite
-        _forget(rows)
-    return finite
-
-
-def _all(work: Callable[[tuple[Tensor, Tensor]], bool], jobs: Sequence[tuple[Tensor, Tensor]]) -> bool:
-    """Whether all pieces of work are true, done by as many threads as PyTorch has.
-
-    Each thread goes through pieces that are too small for PyTorch to share out: what takes longest is the first touch
-    of fresh memory, which threads do side by side where nothing makes them wait for each other.
-    """
-    mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad  # threads start without
-
-    def done(job: tuple[Tensor, Tensor]) -> bool:
-        with mode():
-            return work(job)
-
-    threads = min(torch.get_num_threads(), len(jobs))
-    if threads < 2:
-        return all(list(map(done, jobs)))
-    with ThreadPoolExecutor(threads) as pool:
-        return all(list(pool.map(done, jobs)))
-
-
-def _forget(tensor: Tensor) -> None:
-    """Give the pages back that lie wholly in or between a mapped tensor's rows; they can be read again."""
-    mapping = _MAPPINGS.get(tensor.untyped_storage().data_ptr())
-    if mapping is None or tensor.numel() == 0 or not hasattr(mmap, "MADV_DONTNEED"):
-        return
-    start = tensor.data_ptr() - mapping.address
-    length = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    first, last = -(-start // mmap.PAGESIZE), (start + length * tensor.itemsize) // mmap.PAGESIZE
-    if last > first:
-        mapping.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether all values of a contiguous tensor are; in pieces, because the obvious way makes a copy."""
-    return all(_is_finite(piece) for piece in tensor.view(-1).split(_PIECE))
-
-
-def _is_finite(piece: Tensor) -> bool:
-    if piece.is_meta:
-        return True
-    return bool(piece.sum().isfinite()) or bool(piece.isfinite().all())  # a sum may overflow, which is fine

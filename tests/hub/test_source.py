@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unweave import _mapped
 from unweave._mapped import is_own, own
 from unweave.hub.source import Source
 
@@ -86,84 +81,6 @@ def test_of_matrices_only_the_shapes(tmp_path: Path) -> None:
         "rows", "columns", "half", "whole", "nothing", "tied", "tied_too",
     }  # fmt: skip
     assert found["columns"].shape == (3000, 5)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("turned", [False, True])
-def test_one_value_that_is_not_finite_is_found(bad: float, turned: bool) -> None:
-    """pitfall: the sum of finite values may overflow, which is no mistake of theirs."""
-    large = torch.full((1000, 300), 1e38)
-    made, finite = own(large.T if turned else large, torch.float32)
-    assert finite
-    assert made.is_contiguous()
-    large[999, 298] = bad
-    assert not own(large.T if turned else large, torch.float32)[1]
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("turned", [False, True])
-def test_several_threads_fill_an_ordinary_tensor(
-    mode: Callable[[], AbstractContextManager[None]], turned: bool
-) -> None:
-    """pitfall: the mode in which PyTorch runs is a thread's own."""
-    matrix = torch.randn(1100, 4100, requires_grad=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        with mode():
-            made, finite = own(matrix.T if turned else matrix, torch.float32)
-    finally:
-        torch.set_num_threads(threads)
-    assert finite
-    assert made.is_leaf
-    assert not made.requires_grad
-    assert torch.equal(made, matrix.T if turned else matrix)
-
-
-DTYPES = st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16])
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 9), st.integers(0, 9), DTYPES, DTYPES, st.booleans(), st.booleans(), st.data())
-def test_a_copy_is_equal_whatever_the_shape(
-    n: int, m: int, stored: torch.dtype, wanted: torch.dtype, turned: bool, part: bool, data: st.DataObject
-) -> None:
-    """pitfall: blocks at the edges are smaller, and the only value that is not finite may be in any of them."""
-    matrix = torch.randn(n, m).to(stored)
-    matrix = matrix[: n // 2, m // 3 :] if part else matrix
-    tensor = matrix.T if turned else matrix
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_mapped, "_BLOCK", (2, 3))
-        patch.setattr(_mapped, "_PIECE", 4)
-        made, finite = own(tensor, wanted)
-        assert finite
-        assert is_own(made)
-        torch.testing.assert_close(made, tensor.to(wanted), rtol=0, atol=0)
-        if tensor.numel():
-            row, column = (data.draw(st.integers(0, length - 1)) for length in tensor.shape)
-            tensor[row, column] = data.draw(st.sampled_from([float("nan"), float("inf"), -float("inf")]))
-            assert not own(tensor, wanted)[1]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(250, 2000), (1, 5000), (119, 1921), (241, 1920)])
-def test_matrices_larger_than_a_block_are_transposed_out_of_a_file(
-    shape: tuple[int, int], dtype: torch.dtype, tmp_path: Path
-) -> None:
-    matrix = torch.randn(shape).to(dtype)
-    save_file({"W": matrix}, tmp_path / "a.safetensors")
-    found = _mapped.map_tensors(tmp_path / "a.safetensors")["W"]
-    made, finite = own(found.T, torch.float32)
-    assert finite
-    assert torch.equal(made, matrix.T.float())
-    assert torch.equal(found, matrix), "the file's values are gone after they were copied"
-
-
-def test_what_is_its_own_needs_no_copy() -> None:
-    made = torch.randn(4, 6)
-    assert is_own(made)
-    assert not is_own(made.T)
-    assert not is_own(made[1:])
 
 
 def test_a_single_file_hides_its_neighbours(tmp_path: Path) -> None:

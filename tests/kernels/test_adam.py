@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unweave._errors import UnweaveError
 from unweave.kernels import Largest, adam_rows, encode_select, screen
@@ -62,6 +63,27 @@ def test_equals_torch(backend, m, d, betas, eps, grad_scale, some, unit, dtype, 
     for got, wanted in ((weight, expected.detach()), (first, moments["exp_avg"]), (second, moments["exp_avg_sq"])):
         assert got.dtype == dtype
         torch.testing.assert_close(got.double(), wanted, **tolerance)
+
+
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_one_pass_makes_nothing_of_the_weights_size(target, moments):
+    """pitfall_305: moments, update and normalisation go through the rows once, in place."""
+
+    class Largest(TorchDispatchMode):
+        bytes = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and all(result.data_ptr() != a.data_ptr() for a in (weight, grad, *both)):
+                self.bytes = max(self.bytes, result.nbytes)
+            return result
+
+    weight, grad = torch.randn(300, 64), torch.randn(300, 64)
+    both = zeros(weight, moments)
+    with Largest() as largest:
+        adam_rows(weight, grad, None, *both, **PLAIN, step=1, grad_scale=0.5, unit=True)
+    torch.testing.assert_close(weight.norm(dim=1), torch.ones(300))
+    assert largest.bytes <= weight.nbytes // 16
 
 
 def test_a_row_of_zeros_survives_normalisation(backend):

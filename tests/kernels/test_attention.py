@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -77,12 +80,12 @@ def test_large_scores_do_not_overflow_and_nan_is_not_hidden() -> None:
     assert attention(q, k, v, causal=True)[0, 3:].isnan().all()
 
 
-@pytest.mark.parametrize("case", ["fp32", "narrow", "graph", "old library"])
+@pytest.mark.parametrize("case", ["fp32", "narrow", "graph", "no library"])
 def test_what_the_kernel_does_not_know_goes_through_pytorch(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dtype = torch.float32 if case == "fp32" else torch.bfloat16
     q, k, v = inputs(1, 2, 1, 6, 12 if case == "narrow" else 16, seed=5, dtype=dtype)
-    if case == "old library":
-        monkeypatch.setattr(cpu, "load", lambda: object())
+    if case == "no library":
+        monkeypatch.setattr(cpu, "has", lambda _: False)
     else:
         monkeypatch.setattr(cpu, "attention", lambda *_: pytest.fail("the kernel was called"))
     q.requires_grad_(case == "graph")
@@ -96,3 +99,27 @@ def test_the_kernel_is_used_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("UNWEAVE_KERNELS", raising=False)
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("PyTorch's was called"))
     attention(*inputs(1, 2, 1, 6, 16, seed=5), causal=True)
+
+
+@pytest.mark.skipif(not compiled(), reason="no compiled kernel for this processor")
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
+def test_without_memory_to_work_with_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 MB of output fit below the limit, and the 256 MB that the kernel works with do not."""
+    monkeypatch.delenv("UNWEAVE_KERNELS", raising=False)
+    program = """
+import resource, torch
+from pathlib import Path
+from unweave.kernels import attention
+torch.set_num_threads(1)
+small = torch.zeros(1, 1, 1, 16, dtype=torch.bfloat16)
+attention(small, small, small, causal=True)
+x = torch.zeros(1, 1, 1, 1 << 14, dtype=torch.bfloat16).expand(1, 1, 1 << 12, 1 << 14)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), resource.getrlimit(resource.RLIMIT_AS)[1]))
+try:
+    attention(x, x, x, causal=True)
+except MemoryError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "there is no memory for what attention over rows of 4096 positions works with.\n", done

@@ -45,6 +45,7 @@ def test_the_reference_can_be_asked_for(monkeypatch):
 
 
 def test_the_compiled_kernels_can_be_asked_for(monkeypatch):
+    """pitfall_252: and then they run, or it is an error."""
     monkeypatch.setenv(VARIABLE, "cpu")
     assert backend("f", CPU) == "cpu"
     assert backend("f", HALF) == "reference"  # there is no compiled kernel for it

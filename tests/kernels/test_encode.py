@@ -327,6 +327,7 @@ class Watch(TorchDispatchMode):
     "spec", [Largest(3), LargestOfGroups(125), Above(9.0), LargestOfBatch(3000, hint=7.0)], ids=repr
 )
 def test_one_product_and_no_tensor_of_batch_times_latents(backend, monkeypatch, spec, precision):
+    """pitfall_296, pitfall_304: nothing dense is searched for what is not 0, or sorted."""
     monkeypatch.setattr(encode, "TILE", 256)
     monkeypatch.setattr(scratch._pool, "buffers", {})  # what larger calls before this one have left
     n, d, m = 1300, 8, 1000

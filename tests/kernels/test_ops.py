@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unweave._errors import UnweaveError
-from unweave.kernels import gather_sum, scatter_outer, sddmm, transpose
+from unweave.kernels import cpu, gather_sum, reference, scatter_outer, sddmm, transpose
 
 # Nothing that a fixture sets up is changed by an example.
 many = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -176,6 +177,52 @@ def test_only_what_is_asked_for_gets_a_gradient():
         gather_sum(case.indices, inputs[0], case.offsets, inputs[1]).sum().backward()
         assert inputs[index].grad is not None
         assert inputs[1 - index].grad is None
+
+
+class Made(TorchDispatchMode):
+    """Sizes of the tensors that something makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        known = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+        for made in result if isinstance(result, tuple) else [result]:
+            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in known:
+                self.sizes.append(made.numel())
+        return result
+
+
+def test_no_row_is_copied_for_an_entry(backend):
+    """pitfall_295, pitfall_297: neither `(nnz, d)` of gathered rows nor a second decoder is ever made."""
+    n, m, d, k = 40, 30, 64, 20
+    indices = torch.cat([torch.randperm(m)[:k].sort().values for _ in range(n)])
+    offsets = torch.arange(n + 1) * k
+    values, weight = torch.randn(n * k), torch.randn(m, d)
+    made_of = reference if backend == "reference" else cpu  # what an operator does inside is hidden from a mode
+    with torch.no_grad(), Made() as made:
+        made_of.gather_sum(indices, values, offsets, weight)
+        made_of.sddmm(indices, offsets, torch.randn(n, d), weight)
+    assert m * d not in made.sizes
+    assert max(made.sizes) <= n * d
+    with torch.no_grad(), Made() as made:
+        made_of.scatter_outer(made_of.transpose(indices, offsets, m), values, torch.randn(n, d))
+    assert max(made.sizes) <= n * d
+
+
+def test_places_beyond_32_bits(backend, tmp_path):
+    """pitfall_300: rows of a weight of more than 2^31 elements, in a file that holds nothing but its last ones."""
+    m, d = 2**31 // 64 + 1003, 64
+    with (tmp_path / "weight").open("wb") as file:
+        file.truncate(4 * m * d)
+    weight = torch.from_file(str(tmp_path / "weight"), shared=True, size=m * d).view(m, d)
+    weight[-3:] = torch.arange(3.0)[:, None] + 1
+    indices, values = torch.tensor([0, m - 3, m - 1]), torch.tensor([5.0, 2.0, 3.0])
+    offsets, x = torch.tensor([0, 2, 3]), torch.ones(2, d)
+    assert gather_sum(indices, values, offsets, weight)[:, 0].tolist() == [2.0, 9.0]
+    assert sddmm(indices, offsets, x, weight).tolist() == [0.0, 64.0, 192.0]
 
 
 def test_layout_does_not_matter(backend):

@@ -20,6 +20,7 @@ from unweave.kernels import (
     scatter_outer,
     screen,
     sddmm,
+    squared_norm,
     transpose,
 )
 from unweave.objectives import L1, AuxK, Matryoshka, TargetL0
@@ -125,6 +126,15 @@ def test_adam_rows(backend, dtype):
         return {"weight": weight, "first": first, "second": second} | images
 
     same_on_any_number(steps)
+
+
+@pytest.mark.parametrize("shape", [(1, 65_600), (13, 40_001), (2, 300_000), (N, D), (0, D)])
+def test_squared_norm(shape):
+    """One row of many elements is a bias of a wide dictionary; 13 of 40,001 are held 6, 6 and 1 at a time."""
+    found = same_on_any_number(lambda: squared_norm(10 * torch.randn(shape)))
+    torch.manual_seed(5)
+    exact = (10 * torch.randn(shape)).double().square().sum()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
 
 
 OF_ALL = {"d_sae": 300, "auxk": AuxK(1 / 32, k=16)}

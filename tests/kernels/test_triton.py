@@ -38,6 +38,7 @@ def test_in_the_interpreter() -> None:
 
 
 def test_nothing_imports_triton_where_there_is_no_gpu() -> None:
+    """pitfall_302"""
     program = "import unweave, unweave.kernels, unweave.sae, unweave.training, sys; print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -7,17 +7,19 @@
     adam_rows       one pass over the rows of a weight matrix
     gather_rows     rows out of mapped files into a batch
     attention       of the model that gives the activations
+    copy_checked    weights out of files into memory
 
 The encoder product is the only dense one. Nothing here knows what an SAE is. `dispatch` chooses between the back-ends.
 """
 
 from unweave.kernels.adam import adam_rows
 from unweave.kernels.attention import attention
-from unweave.kernels.encode import TooDense, encode_select
+from unweave.kernels.copying import Mapped, copy_checked, is_finite
+from unweave.kernels.encode import TooDense, encode_select, select_by_rows
 from unweave.kernels.gather import RowTable, gather_rows
 from unweave.kernels.ops import gather_sum, scatter_outer, sddmm, transpose
 from unweave.kernels.ordered import ordered_sum, squared_norm
-from unweave.kernels.reference import Transposed
+from unweave.kernels.reference import Transposed, counts_of
 from unweave.kernels.screen import Precision, Screen, low
 from unweave.kernels.select import Above, Largest, LargestOfBatch, LargestOfGroups, Selection, Spec
 
@@ -26,6 +28,7 @@ __all__ = [
     "Largest",
     "LargestOfBatch",
     "LargestOfGroups",
+    "Mapped",
     "Precision",
     "RowTable",
     "Screen",
@@ -35,13 +38,17 @@ __all__ = [
     "Transposed",
     "adam_rows",
     "attention",
+    "copy_checked",
+    "counts_of",
     "encode_select",
     "gather_rows",
     "gather_sum",
+    "is_finite",
     "low",
     "ordered_sum",
     "scatter_outer",
     "sddmm",
+    "select_by_rows",
     "squared_norm",
     "transpose",
 ]

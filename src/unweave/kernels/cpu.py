@@ -42,13 +42,14 @@ _SIGNATURES = {  # p: pointer or None, i: int64, u: uint64, f: float, d: double;
     "finish_above": "pppiippp",
     "scan_groups": "ppiiipi",
     "finish_groups": "pppiipiipp",
-    "dense_codes": "piiipppp",
+    "dense_codes": "piiipppp:i",
     "dense_back": "ppiiippfppp",
     "kth_largest": "pii:f",
     "take": "ppp",
     "adam_rows": "piippppiffffffuip",
     "gather_rows": "piippiiipi",
     "attention": "ppppiiiiipfi:i",
+    "copy_matrix": "piiiiiipiiii:i",
 }
 
 
@@ -82,13 +83,18 @@ def available() -> bool:
     return load() is not None
 
 
+def has(name: str) -> bool:
+    """Whether there is a kernel here: some need what the processor has not."""
+    library = load()
+    return library is not None and hasattr(library, f"uw_{name}_{_forced[-1] if _forced else targets(library)[0]}")
+
+
 def picks() -> bool:
     """Whether the kernels make int8 products themselves, and pick candidates from them as they are made."""
-    library = load()
-    return library is not None and hasattr(library, f"uw_pick_topk_{_forced[-1] if _forced else targets(library)[0]}")
+    return has("pick_topk")
 
 
-def _call(name: str, *arguments: Any) -> Any:
+def call(name: str, *arguments: Any) -> Any:
     if any(isinstance(a, Tensor) and a.device.type != "cpu" for a in arguments):
         raise RuntimeError(f"{name}: a tensor is not on the CPU.")  # its pointer would be read as one that is
     converted = [
@@ -100,28 +106,28 @@ def _call(name: str, *arguments: Any) -> Any:
 
 def make_images(weight: Float[Tensor, "m d"], into: Images) -> Images:
     """Fill the images of a matrix that there is room for."""
-    _call("images", weight, *weight.shape, into.struct())
+    call("images", weight, *weight.shape, into.struct())
     return into
 
 
 def gather_sum(indices: Tensor, values: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
     """See `unweave.kernels.gather_sum`."""
     out = weight.new_empty(len(offsets) - 1, weight.shape[1])
-    _call("gather_sum", indices, values, offsets, len(out), weight, weight.shape[1], out)
+    call("gather_sum", indices, values, offsets, len(out), weight, weight.shape[1], out)
     return out
 
 
 def sddmm(indices: Tensor, offsets: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
     """See `unweave.kernels.sddmm`."""
     out = weight.new_empty(len(indices))
-    _call("sddmm", indices, offsets, len(offsets) - 1, grad, weight, weight.shape[1], out)
+    call("sddmm", indices, offsets, len(offsets) - 1, grad, weight, weight.shape[1], out)
     return out
 
 
 def transpose(indices: Tensor, offsets: Tensor, m: int) -> Transposed:
     """See `unweave.kernels.transpose`."""
     order, rows, ends = torch.empty_like(indices), torch.empty_like(indices), offsets.new_empty(m + 1)
-    _call("transpose", indices, offsets, len(offsets) - 1, m, order, rows, ends)
+    call("transpose", indices, offsets, len(offsets) - 1, m, order, rows, ends)
     return Transposed(order, rows, ends)
 
 
@@ -142,7 +148,7 @@ def scatter_outer(
     """`codes.T @ x`, for some latents and with what else a gradient has, in one pass; see csrc/sparse.h."""
     count = len(by_latent.offsets) - 1 if latents is None else len(latents)
     out = x.new_empty(count, x.shape[1]) if out is None else out
-    _call(
+    call(
         "scatter_outer", latents, count, *by_latent, values, x, x.shape[1], rows_per_x, *(start or (None, None)),
         weight, along, project, out, squares,
     )  # fmt: skip
@@ -152,18 +158,18 @@ def scatter_outer(
 def sum_rows(x: Float[Tensor, "n d"], weights: Float[Tensor, " n"] | None = None) -> Float[Tensor, " d"]:
     """The sum of the rows, each times its weight, in one order whatever the number of threads."""
     out = x.new_empty(x.shape[1])
-    _call("sum_rows", weights, x, len(x), x.shape[1], x.stride(0), out)
+    call("sum_rows", weights, x, len(x), x.shape[1], x.stride(0), out)
     return out
 
 
 def total(values: Tensor) -> Tensor:
     """The sum of all values in float64, in one order whatever the number of threads."""
-    return values.new_tensor(_call("total", values, values.numel()), dtype=torch.float64)
+    return values.new_tensor(call("total", values, values.numel()), dtype=torch.float64)
 
 
 def keep_largest_(values: Float[Tensor, "n c"], k: int) -> None:
     """Make everything 0, in place, but the k largest positive values of each row (float32 or bfloat16)."""
-    _call("keep_largest", values, values.dtype == torch.bfloat16, *values.shape, k)
+    call("keep_largest", values, values.dtype == torch.bfloat16, *values.shape, k)
 
 
 def squared_error_rows(
@@ -181,7 +187,7 @@ def squared_error_rows(
     n, d, p = len(x), x.shape[1], len(scales)
     errors, code_grad = x.new_empty(n, p), torch.empty_like(values)
     grad = x.new_empty(n * p, d) if grad is None else grad
-    _call(
+    call(
         "squared_error_rows",
         indices, values, offsets, n, p, scales, weight, bias, x, d, errors, grad, residual, code_grad,
     )  # fmt: skip
@@ -205,7 +211,7 @@ def adam_rows(
 ) -> None:
     """One Adam update of the rows of a matrix; see `unweave.kernels.adam_rows`."""
     beta1, beta2 = betas
-    _call(
+    call(
         "adam_rows",
         weight, *weight.shape, grad, slot, first, second, first.dtype == torch.bfloat16,
         lr / (1 - beta1**step), beta1, beta2, eps, (1 - beta2**step) ** -0.5, grad_scale, step, unit,
@@ -215,9 +221,9 @@ def adam_rows(
 
 def dense_codes(
     pre: Float[Tensor, "n m"], theta: Float[Tensor, " m"], codes: Tensor, active: Tensor, sums: Tensor
-) -> None:
-    """Codes of dense pre-activations (float32 or bfloat16), and their column sums; see csrc/dense.h."""
-    _call("dense_codes", pre, pre.dtype == torch.bfloat16, *pre.shape, theta, codes, active, sums)
+) -> bool:
+    """Codes of dense pre-activations (float32 or bfloat16), their column sums, and whether all of them are finite."""
+    return bool(call("dense_codes", pre, pre.dtype == torch.bfloat16, *pre.shape, theta, codes, active, sums))
 
 
 def dense_back(
@@ -232,37 +238,37 @@ def dense_back(
 ) -> None:
     """From the gradient of codes to that of pre-activations, in place, and its column sums; see csrc/dense.h."""
     low = back.dtype == torch.bfloat16
-    _call("dense_back", back, pre, low, *pre.shape, theta, add, half_width, bias, windows, towards)
+    call("dense_back", back, pre, low, *pre.shape, theta, add, half_width, bias, windows, towards)
 
 
 def kth_largest(values: Float[Tensor, " n"], k: int) -> float:
     """The k-th largest of at least k values."""
-    return float(_call("kth_largest", values, len(values), k))
+    return float(call("kth_largest", values, len(values), k))
 
 
 class Collector:
     """Candidates of some rows, gathered tile by tile (csrc/select.h) or while products are made (csrc/fused.h)."""
 
     def __init__(self, n: int) -> None:
-        self.n, self._handle = n, _call("collector", n)
+        self.n, self._handle = n, call("collector", n)
 
     def __enter__(self) -> Collector:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _call("discard", self._handle)
+        call("discard", self._handle)
 
     def not_finite(self) -> int:
         """The first row with a pre-activation that is NaN or infinite; -1 if there is none."""
-        return int(_call("not_finite", self._handle))
+        return int(call("not_finite", self._handle))
 
     def certain(self) -> int:
         """How many entries are above their bounds whatever the rounding of the product."""
-        return int(_call("certain", self._handle))
+        return int(call("certain", self._handle))
 
     def _scan(self, what: str, tile: Tensor, first: int, screen: ctypes.Structure, *rest: Any) -> None:
         kind = (torch.float32, torch.bfloat16, torch.int32).index(tile.dtype)
-        _call(f"scan_{what}", self._handle, tile, kind, tile.shape[1], first, screen, *rest)
+        call(f"scan_{what}", self._handle, tile, kind, tile.shape[1], first, screen, *rest)
 
     def scan_topk(
         self, tile: Tensor, first: int, screen: ctypes.Structure, k: int, magnitude: bool, guess: float
@@ -277,44 +283,38 @@ class Collector:
 
     def pick(self, what: str, *arguments: Any) -> None:
         """Make int8 products and look at them at once: "topk", "above" or "groups"; see csrc/kernels.cpp."""
-        _call(f"pick_{what}", self._handle, *arguments)
+        call(f"pick_{what}", self._handle, *arguments)
 
     def finish_topk(
         self, x: Tensor, weight: Tensor, screen: ctypes.Structure, k: int, magnitude: bool, guess: bool
     ) -> Selection:
         """The selection; rows whose guessed floor was too high have indices of -1."""
         indices, values = x.new_full((self.n * k,), -1, dtype=torch.int64), x.new_empty(self.n * k)
-        _call("finish_topk", self._handle, x, weight, *weight.shape, screen, k, magnitude, guess, indices, values)
+        call("finish_topk", self._handle, x, weight, *weight.shape, screen, k, magnitude, guess, indices, values)
         return Selection(indices.new_full((self.n,), k), indices, values)
 
     def finish_groups(self, x: Tensor, weight: Tensor, screen: ctypes.Structure, groups: int, size: int) -> Selection:
         indices, values = x.new_empty(self.n * groups, dtype=torch.int64), x.new_empty(self.n * groups)
-        _call("finish_groups", self._handle, x, weight, *weight.shape, screen, groups, size, indices, values)
+        call("finish_groups", self._handle, x, weight, *weight.shape, screen, groups, size, indices, values)
         return Selection(indices.new_full((self.n,), groups), indices, values)
 
     def finish_above(self, x: Tensor, weight: Tensor, screen: ctypes.Structure, bounds: Tensor) -> Selection:
         counts = x.new_empty(self.n, dtype=torch.int64)
-        _call("finish_above", self._handle, x, weight, *weight.shape, screen, bounds, counts)
+        call("finish_above", self._handle, x, weight, *weight.shape, screen, bounds, counts)
         total = int(counts.sum())
         indices, values = x.new_empty(total, dtype=torch.int64), x.new_empty(total)
-        _call("take", self._handle, indices, values)
+        call("take", self._handle, indices, values)
         return Selection(counts, indices, values)
 
 
-def gather_rows(
-    rows: Tensor, stretches: Any, starts: Tensor, kind: int, wide: bool, out: Tensor, threads: int
-) -> Tensor:
-    """See `unweave.kernels.gather_rows`; the stretches are a ctypes array of csrc/gather.h's `Stretch`."""
-    _call("gather_rows", rows, *out.shape, stretches, starts, len(starts) - 1, kind, int(wide), out, threads)
-    return out
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor | None:
-    """See `unweave.kernels.attention`; None where the library or the processor has no such kernel."""
-    if not hasattr(load(), "uw_attention_generic"):  # a library that was built before there was one
+    """See `unweave.kernels.attention`; None where there is no such kernel."""
+    if not has("attention"):
         return None
     b, h, n, d = q.shape
     out = q.new_empty(b, n, h, d)
     strides = (ctypes.c_int64 * 9)(*(step for x in (q, k, v) for step in x.stride()[:3]))
-    missing = _call("attention", q, k, v, out, b, h, h // k.shape[1], n, d, strides, scale, causal)
-    return None if missing else out
+    status = call("attention", q, k, v, out, b, h, h // k.shape[1], n, d, strides, scale, causal)
+    if status == 2:
+        raise MemoryError(f"there is no memory for what attention over rows of {n} positions works with.")
+    return None if status else out

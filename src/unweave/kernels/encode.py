@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -102,9 +103,30 @@ def _not_finite(row: int) -> UnweaveError:
 
 def _reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, spec: Spec, max_density: float) -> Selection:
     buffer = x.new_empty(min(CHUNK_ROWS, len(x)), W_enc.shape[1])
+    return select_by_rows(x, lambda rows: torch.addmm(b_enc, rows, W_enc, out=buffer[: len(rows)]), spec, max_density)
+
+
+def select_by_rows(
+    x: Float[Tensor, "n d_in"],
+    pre_activations: Callable[[Float[Tensor, "c d_in"]], Float[Tensor, "c d_sae"]],
+    spec: Spec,
+    max_density: float = 1.0,
+) -> Selection:
+    """What a selection keeps of pre-activations that are made densely, for some rows at a time.
+
+    Args:
+        x: Encoder input.
+        pre_activations: Makes those of some rows; they may be overwritten for the next ones.
+        spec: What to keep of each row by itself, so not `LargestOfBatch`.
+        max_density: As for `encode_select`.
+
+    Raises:
+        UnweaveError: If a pre-activation is NaN or infinite.
+        TooDense: If `max_density` is exceeded.
+    """
     parts: list[Selection] = []
     for rows in x.split(CHUNK_ROWS):
-        pre = torch.addmm(b_enc, rows, W_enc, out=buffer[: len(rows)])
+        pre = pre_activations(rows)
         if len(rows) and not pre.sum().isfinite() and not pre.isfinite().all():
             bad = (~pre.isfinite()).any(1).nonzero()[0].item()
             raise _not_finite(CHUNK_ROWS * len(parts) + int(bad))
@@ -121,7 +143,9 @@ def _reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, spec: Spec, max_density:
 
 
 def _joined(parts: list[Selection]) -> Selection:
-    return Selection(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+    columns = list(zip(*parts, strict=True))
+    parts.clear()  # each column's parts are given back before the next is joined
+    return Selection(*(torch.cat(columns.pop(0)) for _ in Selection._fields))
 
 
 def _largest_of_batch(

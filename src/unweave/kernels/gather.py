@@ -100,7 +100,8 @@ def _has_compiled() -> bool:
 
 def _compiled(table: RowTable, rows: Tensor, wide: bool, threads: int) -> Tensor:
     out = _recycled.empty(len(rows), table.d, torch.float32 if wide else table.dtype)
-    cpu.gather_rows(rows, table._table, table.starts, _KINDS[table.dtype], wide, out, threads)
+    arguments = table._table, table.starts, len(table._parts), _KINDS[table.dtype], int(wide), out, threads
+    cpu.call("gather_rows", rows, *out.shape, *arguments)
     return out
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
@@ -43,6 +43,13 @@ def rows_of(offsets: Int64[Tensor, " n+1"], nnz: int) -> Int64[Tensor, " nnz"]:
     return torch.repeat_interleave(rows, offsets.diff(), output_size=nnz)
 
 
+def counts_of(indices: Int64[Tensor, " nnz"], m: int, of: Bool[Tensor, " nnz"] | None = None) -> Int64[Tensor, " m"]:
+    """How often each of `m` indices occurs, among those entries that `of` names; integers, so in any order the same."""
+    # torch.bincount would make a GPU's host wait to learn how long its result is.
+    counted = torch.ones_like(indices) if of is None else of.long()
+    return indices.new_zeros(m).scatter_add_(0, indices, counted)
+
+
 def gather_sum(indices: Tensor, values: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
     if len(indices) == 0:
         return weight.new_zeros(len(offsets) - 1, weight.shape[1])
@@ -61,7 +68,7 @@ def sddmm(indices: Tensor, offsets: Tensor, grad: Tensor, weight: Tensor) -> Ten
 
 def transpose(indices: Tensor, offsets: Tensor, m: int) -> Transposed:
     order = torch.sort(indices, stable=True).indices
-    counts = torch.bincount(indices, minlength=m)
+    counts = counts_of(indices, m)
     return Transposed(order, rows_of(offsets, len(indices))[order], pad(counts.cumsum(0), (1, 0)))
 
 

@@ -35,6 +35,11 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float3
     return buffer[:wanted].view(dtype).view(shape)
 
 
+def scratch_sizes() -> dict[str, int]:
+    """Bytes that `scratch` holds for this thread, by name; where more is needed, it is allocated anew."""
+    return {name: len(buffer) for name, buffer in _pool.buffers.items()}
+
+
 def scratch_bytes() -> int:
     """Bytes that `scratch` holds for this thread."""
-    return sum(map(len, _pool.buffers.values()))
+    return sum(scratch_sizes().values())

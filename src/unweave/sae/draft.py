@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from unweave._errors import UnweaveError
-from unweave._mapped import is_finite, is_own, own
+from unweave._mapped import is_own, own
+from unweave.kernels import is_finite
 from unweave.sae.activation_fns import Gated
 from unweave.sae.pursuit import Pursuit
 from unweave.sae.sae import SAE

@@ -118,6 +118,7 @@ def test_offsets_out_of_range_are_not_followed(device, offsets):
 
 
 def test_two_runs_agree_bit_for_bit(device, csr, random_codes):
+    """pitfall_301; tests/kernels/test_threads.py says the same of the other back-ends."""
     codes, x = csr(random_codes(300, 3, 0.9)), torch.randn(300, 24, device=device)
     assert scatter_outer(*codes, x, 3).equal(scatter_outer(*codes, x, 3))
 
