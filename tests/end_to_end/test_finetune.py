@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from unweave.cli import main
 from unweave.cli.train import TrainArgs
 from unweave.objectives import EndToEnd
-from unweave.sae import SAE, MatchingPursuit, TopK, Transcoder
+from unweave.sae import SAE, MatchingPursuit, Temporal, TemporalSAE, TopK, Transcoder
+from unweave.training import SAEConfig, train_on
 
 SMALL = ["--tokens", "2000", "--batch-size", "256", "--context", "32"]
 FRESH = ["--d-sae", "64", "--k", "4", "--buffer", "1024", "--eval-tokens", "0"]
@@ -114,6 +116,36 @@ def test_coders_of_every_kind(
         for i, file in enumerate((name.replace("eval", "eval_before"), name)):
             sums[i] += json.loads((out / file).read_text())["eval_result_metrics"][key[0]][key[1]]
     assert sums[1] < sums[0]
+
+
+@pytest.mark.parametrize("what", ["decoder", "end_to_end"])
+def test_temporal_saes(text: Path, what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """pitfall_177: by a folder and a name, on rows in the order of the text; and better afterwards."""
+    from unweave.models import capture, load_model, resolve_hooks
+
+    model, hook = load_model("demo"), "transformer.h.1"
+    assert model.tokenizer is not None
+    documents = (json.loads(line)["text"] for line in text.read_text(encoding="utf-8").splitlines())
+    ids = [ids[i : i + 32] for ids in (model.tokenizer(t)["input_ids"] for t in documents) for i in (0, 32, 64)]
+    rows = torch.tensor([row for row in ids if len(row) == 32])
+    x = capture(model.module, resolve_hooks(model.module, [hook]), input_ids=rows)[hook]
+    config = SAEConfig(d_sae=64, activation=TopK(4), temporal=Temporal(32, 2, 1, 8), lr=5e-3)
+    (start,) = train_on([part.flatten(0, 1) for part in x.split(8) if len(part) == 8], [config], progress=False)
+    start.metadata |= {"model_name": "demo", "hf_hook_name": hook, "dataset_path": str(text), "context_size": 32}
+    start.save(tmp_path / "run" / "temporal")
+    capsys.readouterr()
+    small = ["--tokens", "2000", "--batch-size", "128", "--lr", "3e-3", "--eval-tokens", "400"]
+    unweave("finetune", tmp_path / "run", "temporal", "--what", what, *small, "--out", tmp_path / "tuned")
+    assert "loss recovered" in capsys.readouterr().out
+    tuned = SAE.load(tmp_path / "tuned" / "sae")
+    assert isinstance(tuned, TemporalSAE)
+    metric = "kl_div_with_sae" if what == "end_to_end" else "mse"
+    group = "model_behavior_preservation" if what == "end_to_end" else "reconstruction_quality"
+    before, after = (
+        json.loads((tmp_path / "tuned" / f"{name}.json").read_text())["eval_result_metrics"][group][metric]
+        for name in ("eval_before", "eval")
+    )
+    assert after < before
 
 
 def test_one_of_the_saes_of_a_run(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,8 +101,7 @@ def test_one_dense_product(cls):
 
 def test_dead_latents_come_from_the_same_pass():
     sae, x = random_sae(TopK(2), 0, 4, 20), torch.randn(30, 4, dtype=torch.float64)
-    dead = torch.zeros(20, dtype=torch.bool)
-    dead[[4, 9, 17]] = True
+    dead = torch.tensor([4, 9, 17])
     plain, multi = sae.training_codes(x, dead, 2), sae.training_codes(x, dead, 2, k_multi=5)
     assert torch.equal(plain.aux.to_dense(), multi.aux.to_dense())
 

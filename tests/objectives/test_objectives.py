@@ -80,8 +80,7 @@ def test_default_l1_coefficient_grows_with_the_width():
 def test_auxk_gradient_reaches_dead_latents_alone():
     """pitfall_102, pitfall_103, pitfall_106: residual detached, no bias, encoder and decoder of dead latents only."""
     sae, x = SAE(6, 20, TopK(2), generator=torch.Generator().manual_seed(0)).double(), torch.randn(30, 6).double()
-    dead = torch.zeros(20, dtype=torch.bool)
-    dead[[2, 5, 11]] = True
+    dead = torch.tensor([2, 5, 11])
     _, active, aux, _ = sae.training_codes(x, dead, 2)
     residual = x - ops.decode(active, sae.W_dec) - sae.b_dec
     auxk_loss(aux, sae.W_dec, residual, 3, 2).backward()

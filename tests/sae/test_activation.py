@@ -198,7 +198,7 @@ def test_abs_topk_by_hand():
 def test_dead_latents_of_signed_codes_are_ranked_by_magnitude():
     sae = SAE(3, 3, AbsTopK(1))
     sae.W_enc.data.copy_(torch.eye(3))
-    aux = sae.training_codes(torch.tensor([[5.0, -3.0, 2.0]]), torch.tensor([False, True, True]), k_aux=1).aux
+    aux = sae.training_codes(torch.tensor([[5.0, -3.0, 2.0]]), torch.tensor([1, 2]), k_aux=1).aux
     assert (aux.indices.tolist(), aux.values.tolist()) == ([1], [-3.0])
 
 

@@ -232,6 +232,17 @@ def test_saved_and_loaded_it_predicts_the_same(activation, tmp_path):
     assert torch.equal(loaded.W_dec, coder.W_dec)
 
 
+def test_a_whole_decoder_cannot_be_put_in_place_of_the_blocks():
+    """Registered as a parameter it would have taken their place without a word, and nothing would have decoded."""
+    coder = clt(ReLU())
+    for each in (coder, coder.at("yc")):
+        before = {name: tensor.clone() for name, tensor in each.state_dict().items()}
+        for value in (torch.nn.Parameter(each.W_dec.detach().clone()), each.W_dec.detach()):
+            with pytest.raises(UnweaveError, match=r"write to decoders\[i\]"):
+                each.W_dec = value
+        assert each.state_dict().keys() == before.keys()
+
+
 def test_it_holds_what_is_not_zero_and_parts_share_it():
     """`W_dec` is a copy, blocks and `decoder` are the memory itself, and gradients reach the blocks through both."""
     coder, x = clt(ReLU()), torch.randn(5, 18)

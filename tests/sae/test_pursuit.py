@@ -202,7 +202,7 @@ def test_dead_latents_continue_the_pursuit(kind):
     sae = SAE(6, 25, kind(k=3)).double()
     sae.W_dec.data = atoms
     dead = torch.arange(25) % 5 == 0
-    found = sae.training_codes(x, dead, k_aux=2)
+    found = sae.training_codes(x, dead.nonzero().flatten(), k_aux=2)
     residual = x - sae.decode(found.codes)
     expected = torch.zeros(20, 25, dtype=torch.float64)
     expected[:, dead] = reference(residual, sae.W_dec[dead], 2).detach()
@@ -210,7 +210,7 @@ def test_dead_latents_continue_the_pursuit(kind):
     found.aux.values.sum().backward()
     assert (sae.W_dec.grad[~dead] == 0).all()
     assert (sae.W_dec.grad[dead] != 0).any()
-    assert sae.training_codes(x, dead & False, k_aux=2).aux is None
+    assert sae.training_codes(x, torch.tensor([], dtype=torch.int64), k_aux=2).aux is None
 
 
 def test_other_settings_and_files(tmp_path):

@@ -187,8 +187,7 @@ def test_thresholds_are_compared_strictly():
 
 def test_dead_latents_come_from_the_same_pass():
     sae, x = make(TopK(2)), inputs()
-    dead = torch.zeros(24, dtype=torch.bool)
-    dead[[4, 9, 20]] = True
+    dead = torch.tensor([4, 9, 20])
     aux = sae.training_codes(x, dead, k_aux=2).aux
     pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
     expected = pre[:, [4, 9, 20]].topk(2, dim=1).values.sort(dim=1).values

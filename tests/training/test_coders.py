@@ -287,6 +287,9 @@ def test_recipes():
 def test_the_command_line():
     config = TrainArgs(hooks=("h.1.mlp:in",), target=("h.1.mlp",), skip=True, d_sae=64).to_config()
     assert (config.targets, config.saes) == (("h.1.mlp",), (SAEConfig(d_sae=64, coder="transcoder", skip=True),))
+    assert TrainArgs(glu=True, d_sae=64).to_config().saes == (SAEConfig(d_sae=64, glu=True),)
+    with pytest.raises(UnweaveError, match="a crosscoder has none"):
+        TrainArgs(glu=True, coder="crosscoder").to_config()
     config = TrainArgs(hooks=("resid_post.*",), coder="crosscoder", d_sae=64, k=4).to_config()
     assert config.saes == (SAEConfig(d_sae=64, coder="crosscoder", activation=TopK(4)),)
     assert TrainArgs(recipe="transcoder", target=("mlp_out.1",)).to_config().saes == (recipes.transcoder(),)

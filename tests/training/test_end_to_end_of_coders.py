@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from unweave._errors import UnweaveError
-from unweave.activations import DataConfig
+from unweave.activations import DataConfig, MaskConfig
 from unweave.models import LoadedModel, capture, resolve_hooks
 from unweave.objectives import AuxK, EndToEnd
 from unweave.sae import (
@@ -16,6 +16,7 @@ from unweave.sae import (
     JumpReLU,
     MatchingPursuit,
     ReLU,
+    Temporal,
     TiedDictionary,
     TopK,
     Transcoder,
@@ -141,6 +142,40 @@ def test_loss_and_gradients_by_hand(model, texts, coder, skip, normalize, settin
         else:
             a = (error / (kl + 1e-8)).detach()
             expected = (error + a * 0.7 * kl) / 1.7 + d * 0.4 * ce
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+        expected.backward()
+        for name, parameter in sae.named_parameters():
+            torch.testing.assert_close(got[name], parameter.grad, msg=name, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_temporal_sae_reads_whole_rows(model, texts, tied):
+    """Those of the pass, of whose tokens the masks and the end of the run leave some out of the loss."""
+    temporal = Temporal(context=16, n_heads=2, bottleneck=4, tied=tied)
+    config = SAEConfig(d_sae=24, activation=ReLU(), sparsity=(), temporal=temporal, auxk=AuxK(coefficient=0))
+    masks = MaskConfig(positions="2:", norm_multiple=None)
+    run = TrainConfig(tokens=1000, batch_size=64, text=TEXT, saes=(config,), end_to_end=EndToEnd(beta=0.7),
+                      masks=masks, **SITES["sae"])  # fmt: skip
+    session = prepare(run, model, texts)
+    (site,) = session.sites[0]
+    with session.batches() as batches:
+        trainee = session.make(config, site, batches.peek(0), steps=9, tokens=1000, seed=0)
+        rows = next(iter(batches))
+        clean, sae, n = session.current, trainee.sae.double(), 41
+        raw = site.rows(rows).x[:n]
+        mask = clean.mask & (clean.mask.flatten().cumsum(0) <= n).view_as(clean.mask)
+        assert (int(mask.sum()), int(clean.mask.sum())) != (n, n)
+        loss, _, codes = trainee.loss(raw * trainee.scale, 1.0)
+        loss.backward()
+        got = {name: p.grad.clone() for name, p in sae.named_parameters()}
+        sae.zero_grad()
+
+        sae.scale = trainee.scale
+        made = sae(clean.activations["transformer.h.0"])[mask]
+        torch.testing.assert_close(codes.to_dense(), sae.encode(clean.activations["transformer.h.0"])[mask])
+        error = (made - raw).square().sum(1).mean() * trainee.scale**2
+        kl, _ = by_hand(model, clean, mask, {"transformer.h.0": made}, run.end_to_end)
+        expected = (error + (error / (kl + 1e-8)).detach() * 0.7 * kl) / 1.7
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
         expected.backward()
         for name, parameter in sae.named_parameters():

@@ -97,7 +97,7 @@ def run(trainee, x, scale=0.7):
     trainee.fused.bound = None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "DENSE_ABOVE", 1.0)
-        step = trainee.fused(x, trainee.dead, scale * trainee.penalty, None)
+        step = trainee.fused(x.clone(), trainee.dead, scale * trainee.penalty, None)
     # The next step writes its gradients into the same memory.
     return step._replace(grads=copy.deepcopy(step.grads))
 
@@ -306,7 +306,7 @@ class Densities:
         threshold = 0.0 if self.trainee.sae.threshold is None else 0.05
         self.trainee.sae.b_enc.data.fill_(threshold - self.ranked[round(density * len(self.ranked))].item())
         self.calls.clear()
-        made = self.trainee.fused(self.x, self.trainee.dead, 0.0, None)
+        made = self.trainee.fused(self.x.clone(), self.trainee.dead, 0.0, None)
         assert made.l0.item() == pytest.approx(density * len(self.ranked), rel=0.01)
         return bool(self.calls), self.trainee.fused.dense
 

@@ -97,18 +97,55 @@ def test_the_peak_of_a_run_is_what_its_plan_says(texts, tiny_model):
     with Meter() as meter:
         train(config, model=tiny_model, data=texts, progress=False)
     planned = peak([b for b in plan.buffers if not b.present], "cpu")  # what steps reuse is there since it was planned
-    # Behind other tests the plan was once 1.27 times the peak, and it is not known why; alone it is 0.96 times.
-    assert planned / 1.5 < meter.peak < planned * 1.2
+    assert planned / 1.2 < meter.peak < planned * 1.2
+
+
+def test_a_plan_does_not_depend_on_what_was_trained_before(config, tiny_model, texts, monkeypatch):
+    """Smaller steps leave smaller buffers to reuse, which larger ones replace."""
+
+    def planned():
+        monkeypatch.setattr(_pool, "buffers", _pool.buffers.copy())
+        return replace(uw.plan(config, model=tiny_model, data=texts, seconds=0), harvest_rate=0, step_seconds=0)
+
+    monkeypatch.setattr(_pool, "buffers", {})
+    first = planned()
+    assert planned() == first
+    halves = {name: buffer[: len(buffer) // 2].clone() for name, buffer in _pool.buffers.items()}
+    assert halves
+    monkeypatch.setattr(_pool, "buffers", halves)
+    assert planned() == first
+
+
+def test_a_plan_knows_what_dead_latents_take_in_steps_through_autograd(texts, tiny_model, monkeypatch):
+    monkeypatch.setenv("UNWEAVE_KERNELS", "reference")
+    sae = SAEConfig(1024, TopK(4), auxk=AuxK(k=32))
+    config = TrainConfig(
+        model="tiny", hooks=("resid_post.0",), saes=(sae,), tokens=40_000, batch_size=512, buffer=4096,
+        text=DataConfig(context=16, held_out=0.0),
+    )  # fmt: skip
+    plan = uw.plan(config, model=tiny_model, data=texts, seconds=0)
+    trainee = Trainee(sae, torch.randn(512, 16), steps=10, tokens=40_000, seed=0)
+    assert trainee.fused is None
+    for _ in range(2):
+        trainee.step(torch.randn(512, 16))
+    trainee.tokens_since_fired[:512] = trainee.dead_after
+    with Meter() as meter:
+        trainee.step(torch.randn(512, 16))
+    planned = plan.buffer("step if half the latents die")
+    assert planned / 1.2 < meter.peak < planned * 1.2
+    plain = replace(config, saes=(SAEConfig(1024, TopK(4), auxk=AuxK(coefficient=0)),))
+    assert uw.plan(plain, model=tiny_model, data=texts, seconds=0).buffer("step if half the latents die") == 0
 
 
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize(("d", "dead"), [(64, 512), (64, 6000), (512, 1024)])
-def test_a_plan_knows_what_dead_latents_take(d, dead, low):
+def test_a_plan_knows_what_dead_latents_take(d, dead, low, monkeypatch):
     """In one chunk of rows, or several where there are many latents."""
     trainee = Trainee(SAEConfig(2 * dead, TopK(4)), torch.randn(1024, d), steps=10, tokens=1000, seed=0)
     if trainee.fused is None:
         pytest.skip("steps go through autograd here")
     residual = torch.randn(1024, d)
+    monkeypatch.setattr(_pool, "buffers", {})  # what other tests' steps left to reuse would not count
     with torch.no_grad(), Meter() as meter:
         auxk_gradients(trainee.sae, 1.0, residual, residual, torch.arange(dead), 32, low)
     assert meter.peak / 1.2 < auxk_bytes(1024, d, dead, low) < meter.peak * 1.2

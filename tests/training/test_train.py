@@ -331,6 +331,27 @@ def test_interrupted_while_saving(config, tiny_model, monkeypatch):
     assert_equal(whole, train(config, model=tiny_model, resume=True, progress=False))
 
 
+def test_a_model_that_is_elsewhere_is_refused(config, tiny_model):
+    """pitfall_359: `model_device` is where a model is loaded, so one that is loaded must be there."""
+    with pytest.raises(UnweaveError, match="model_device='meta', and the model that was given is on 'cpu'"):
+        prepare(dataclasses.replace(config, model_device="meta"), tiny_model)
+    prepare(dataclasses.replace(config, model_device="cpu"), tiny_model)
+
+
+def test_all_saes_share_the_models_passes(config, tiny_model):
+    """pitfall_307: five SAEs at two hooks take as many forward passes as one does."""
+    passes = []
+    for saes, hooks in ((SAES[:1], config.hooks[:1]), (SAES, config.hooks)):
+        ran = []
+        handle = tiny_model.module.transformer.h[0].register_forward_hook(lambda *_, ran=ran: ran.append(1))
+        out = f"{config.out}-{len(saes)}"
+        settings = dataclasses.replace(config, saes=saes, hooks=hooks, out=out, tokens=2000, prompts_per_pass=8)
+        train(dataclasses.replace(settings, background=False), model=tiny_model, progress=False)
+        handle.remove()
+        passes.append(len(ran))
+    assert passes[0] == passes[1]
+
+
 def test_text_without_held_out_documents_is_refused_before_training(config, tiny_model, texts):
     config = dataclasses.replace(config, data="in memory")
     with pytest.raises(UnweaveError, match="held_out=0"):

@@ -1,6 +1,8 @@
 """One step of a trainee: what its loss is made of, what it counts, and what it leaves behind."""
 
 import dataclasses
+import weakref
+from collections import Counter
 from typing import get_args, get_type_hints
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from unweave._errors import UnweaveError
 from unweave.objectives import L1, AuxK, GhostGradients, MultiTopK, PreActivation
 from unweave.sae import SAE, AbsTopK, BatchTopK, ReLU, TopK
+from unweave.sae.codes import DenseCodes, SparseCodes
 from unweave.training import SAEConfig
 from unweave.training.checkpoint import load_checkpoint, save_checkpoint
 from unweave.training.finish import finished_sae
@@ -119,11 +122,47 @@ def test_terms_keep_their_ratio_whatever_the_scale_of_the_data(activation):
     torch.testing.assert_close(losses[:2], losses[2:], rtol=1e-4, atol=1e-5)
 
 
+def test_nothing_of_a_step_lives_on_in_the_next_one():
+    """pitfall_299: when the next forward pass begins, the last one's reconstruction and codes are gone."""
+    alive, kept = [], []
+
+    class Watched(Trainee):
+        def loss(self, x, sparsity_scale, target=None):
+            kept.append([ref() is not None for ref in alive])
+            loss, x_hat, codes = super().loss(x, sparsity_scale, target)
+            alive[:] = [weakref.ref(tensor) for tensor in (loss, x_hat, codes.values, codes.indices)]
+            return loss, x_hat, codes
+
+    trainee = Watched(SAEConfig(d_sae=M, activation=TopK(2)), inputs(), steps=9, tokens=9 * N, seed=0)
+    for _ in range(3):
+        trainee.step(inputs())
+    assert kept == [[], [False] * 4, [False] * 4]
+
+
+def test_norms_and_firings_are_summed_once_in_a_step(monkeypatch):
+    """pitfall_298"""
+    trainee, calls = make(activation=ReLU(), sparsity=L1(1.0), unit_norm=False), Counter()
+    trainee.fused = None
+    norms = SAE.decoder_norms
+
+    def counting(name, function):
+        def call(*args):
+            calls[name] += 1
+            return function(*args)
+
+        return call
+
+    for kind in (SparseCodes, DenseCodes):
+        monkeypatch.setattr(kind, "firing_counts", counting("firings", kind.firing_counts))
+    monkeypatch.setattr(SAE, "decoder_norms", counting("norms", norms))
+    trainee.step(inputs())
+    assert calls == {"firings": 1, "norms": 1}
+
+
 def test_dead_latents_are_ranked_among_themselves():
     """pitfall_128: all of them far below 0, and a living one at exactly 0, which a mask of zeros would choose."""
     trainee, x = make(), inputs()
-    dead = torch.zeros(M, dtype=torch.bool)
-    dead[[3, 8, 20]] = True
+    dead = torch.tensor([3, 8, 20])
     with torch.no_grad():
         trainee.sae.b_enc[dead] = -1000.0 - 100 * torch.arange(3)
         trainee.sae.W_enc[:, 5], trainee.sae.b_enc[5] = 0.0, 0.0

@@ -22,8 +22,6 @@ from unweave.sae import (
     JumpReLU,
     MatchingPursuit,
     ReLU,
-    Temporal,
-    TemporalSAE,
     TopK,
     Transcoder,
 )
@@ -217,7 +215,6 @@ def test_batches_by_name():
         (Transcoder(4, 3, 8, ReLU()), (torch.ones(2, 4), torch.ones(3, 3)), "there are 2 and 3"),
         (Crosscoder(WIDTHS, 8, ReLU()), {"a": torch.ones(2, 4)}, "also reads 'b'"),
         (SAE(4, 8, MatchingPursuit(2)), torch.ones(2, 4), "matching_pursuit SAE chooses each atom .* end to end"),
-        (TemporalSAE(4, 8, ReLU(), Temporal(n_heads=1, bottleneck=1)), torch.ones(2, 4), "temporal SAE takes out"),
         (CrossLayerTranscoder(READS, WRITES, 8, ReLU()).at("yb"), torch.ones(2, 8), "fine-tune the whole"),
     ],
 )  # fmt: skip
@@ -302,7 +299,6 @@ def test_the_hooks_of_a_coder_stay_in_its_own_order(tiny_model, texts):
         (Transcoder(16, 9, 8, TopK(2)), {"targets": "transformer.h.1"}, "predicts activations of width 9, and .* 16"),
         (SAE(16, 8, TopK(2)), {"targets": "transformer.h.1"}, "predicted by nothing"),
         (SAE(16, 8, MatchingPursuit(2)), {}, "chooses each atom"),
-        (TemporalSAE(16, 8, ReLU(), Temporal(n_heads=1, bottleneck=1)), {"end_to_end": EndToEnd()}, "whole sequences"),
     ],
 )  # fmt: skip
 def test_what_is_refused_before_any_text_is_read(tiny_model, start, more, message):

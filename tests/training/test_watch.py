@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from unweave.training import SAEConfig, train_on
+from unweave.activations.cache.foreign import MappedStore
+from unweave.sae import SAE, Temporal, TiedDictionary, TopK
+from unweave.training import SAEConfig, Start, TrainConfig, train, train_on
 from unweave.training.progress import Progress
 from unweave.training.watch import outlier_dimension, warnings_for
 
@@ -60,12 +62,12 @@ def activations(n=200, d=20, outlier=0.0):
 
 def test_an_outlier_dimension_is_pointed_out():
     """pitfall_124: with its share of the variance and its kurtosis, which is 8.1 of one token in ten."""
-    warning = outlier_dimension(activations(outlier=100.0))
+    warning = outlier_dimension(activations(outlier=100.0), whitens=True)
     assert "dimension 3 holds 98% of the variance (its kurtosis is 8.1" in warning
     assert "normalize='whiten'" in warning
-    assert outlier_dimension(1e4 * activations(outlier=100.0) + 7) == warning
+    assert outlier_dimension(1e4 * activations(outlier=100.0) + 7, whitens=True) == warning
     for x in (activations(), activations(outlier=8.0), torch.ones(200, 20), activations(8), activations(d=4)):
-        assert outlier_dimension(x) is None
+        assert outlier_dimension(x, whitens=True) is None
 
 
 def test_it_is_said_once_and_not_where_it_is_whitened(monkeypatch):
@@ -78,3 +80,31 @@ def test_it_is_said_once_and_not_where_it_is_whitened(monkeypatch):
     train_on(batches, [SAEConfig(d_sae=40), SAEConfig(d_sae=50)], progress=False)
     assert len(said) == 2
     assert said[0].startswith("warning: dimension 3 holds")
+
+
+@pytest.mark.parametrize(
+    ("config", "whitens"),
+    [
+        (SAEConfig(d_sae=40, glu=True), True),
+        (SAEConfig(d_sae=40, dictionary=TiedDictionary()), False),
+        (SAEConfig(d_sae=40, activation=TopK(2), temporal=Temporal(20, 2, 1, 4)), False),
+        (SAEConfig(d_sae=40, coder="transcoder"), False),
+    ],
+)
+def test_only_what_a_coder_takes_is_suggested(config, whitens, monkeypatch):
+    said = []
+    monkeypatch.setattr(Progress, "say", lambda self, message: said.append(message))
+    x = activations(outlier=100.0)
+    train_on([(x, x) if config.coder == "transcoder" else x], [config], progress=False)
+    assert len(said) == 1
+    assert ("normalize='whiten'" in said[0]) == whitens
+    assert "the output of the norm that comes next" in said[0]
+
+
+def test_nothing_is_said_of_a_decoder_that_is_fine_tuned(monkeypatch):
+    said = []
+    monkeypatch.setattr(Progress, "say", lambda self, message: said.append(message))
+    store = MappedStore("mine", {"here": [activations(outlier=100.0)]}, {}, {"name": "mine"})
+    config = TrainConfig(hooks=("here",), tokens=200, batch_size=100, start=Start(method="scale"))
+    train(config, data=store, start=SAE(20, 40, TopK(4)), progress=False)
+    assert not said

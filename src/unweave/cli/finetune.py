@@ -51,7 +51,7 @@ class FinetuneArgs:
     """Where the SAE belongs; of a transcoder, what it reads; of a crosscoder, all its hooks."""
     target: Annotated[tuple[str, ...] | None, shown("NAME ...", "the target that the transcoder was trained on")] = None
     """Where a transcoder's output belongs."""
-    lr: Annotated[float | None, shown("X", "1e-3; a quarter of train's for end_to_end")] = None
+    lr: Annotated[float | None, shown("X", "3e-3; a quarter of train's for end_to_end")] = None
     """Learning rate."""
     batch_size: int = 4096
     """Tokens in an optimiser step; end to end, the rows of one are as many as these tokens are."""

@@ -40,6 +40,8 @@ class TrainArgs:
     """An SAE of each hook, a transcoder from each to its target, or one crosscoder or cross-layer one (clt) of all."""
     skip: bool = False
     """Give transcoders a linear map from their input to their target."""
+    glu: bool = False
+    """Multiply what SAEs and transcoders encode by a second, learnt factor, a gated linear unit."""
     tokens: Annotated[int | None, shown("N", "2,000,000")] = None
     """Tokens to train on."""
     out: Annotated[str | None, shown("FOLDER", "unweave-run")] = None
@@ -200,8 +202,9 @@ class TrainArgs:
                 settings[name] = getattr(self, name)
         if self.coder is not None or (self.target is not None and settings.get("coder", "sae") == "sae"):
             settings["coder"] = self.coder or "transcoder"
-        if self.skip:
-            settings["skip"] = True
+        for name in ("skip", "glu"):
+            if getattr(self, name):
+                settings[name] = True
         if self.activation is not None and settings.get("activation", {}).get("type") != self.activation:
             settings["activation"] = {"type": self.activation}
         kind = settings.get("activation", {"type": "topk"}).get("type")

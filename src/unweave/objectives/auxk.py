@@ -42,7 +42,7 @@ def auxk_loss(
     aux: SparseCodes,
     W_dec: ops.Decoder,
     residual: Float[Tensor, "n d"],
-    n_dead: Tensor | int,
+    n_dead: int,
     k: int,
     signed: bool = False,
 ) -> Float[Tensor, ""]:
@@ -63,4 +63,4 @@ def auxk_loss(
     e_hat = ops.decode(aux if signed else aux.with_values(aux.values.relu()), W_dec)
     spread = squared_norm(e - e.mean(0))
     weight = torch.where(spread > 0, 1 / spread, 0.0)  # a division inside the graph would make 0 * inf of it
-    return e.shape[1] * squared_norm(e_hat - e) * weight * min(1.0, float(n_dead) / k)
+    return e.shape[1] * squared_norm(e_hat - e) * weight * min(1.0, n_dead / k)

@@ -90,7 +90,7 @@ class SparseCodes:
         d_sae: int,
     ) -> SparseCodes:
         """Codes from entries that are sorted by row."""
-        counts = torch.bincount(rows, minlength=n_rows)
+        counts = kernels.counts_of(rows, n_rows)
         codes = cls(indices, values, torch.nn.functional.pad(counts.cumsum(0), (1, 0)), d_sae)
         codes.__dict__["rows"] = rows
         return codes
@@ -138,7 +138,7 @@ class SparseCodes:
 
     def firing_counts(self) -> Int64[Tensor, " d_sae"]:
         """How many rows each latent fires on (its value is not 0)."""
-        return torch.bincount(self.indices[self.values != 0], minlength=self.d_sae)
+        return kernels.counts_of(self.indices, self.d_sae, self.values != 0)
 
     def l0(self) -> Float[Tensor, " n_rows"]:
         """Number of latents that fire (value not 0) on each row."""

@@ -16,14 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unweave import kernels
-from unweave._errors import UnweaveError
-from unweave.kernels import Above, Largest, LargestOfBatch, LargestOfGroups, Selection, Spec, TooDense, select
+from unweave.kernels import Above, LargestOfBatch, Selection, Spec, select
 from unweave.sae import ops
 from unweave.sae.codes import DenseCodes
 
 Encoders = Sequence[tuple[Float[Tensor, "d m"], Float[Tensor, " m"]]]
 """Weights and bias of each factor."""
-_ROWS = 1024
 
 
 def pre_activations(centred: Float[Tensor, "n d"], encoders: Encoders) -> Float[Tensor, "n m"]:
@@ -43,22 +41,7 @@ def encode_select(centred: Float[Tensor, "n d"], encoders: Encoders, spec: Spec,
                 return found
             smallest = found.values.topk(spec.budget, sorted=False).values.amin()
             return select.largest_of_batch(found, spec.budget, smallest)
-        parts: list[Selection] = []
-        for rows in centred.split(_ROWS):
-            pre = pre_activations(rows, encoders)
-            if not pre.isfinite().all():
-                bad = int((~pre.isfinite()).any(1).nonzero()[0])
-                raise UnweaveError(f"pre-activations of row {_ROWS * len(parts) + bad} are NaN or infinite.")
-            match spec:
-                case Largest():
-                    parts.append(select.largest(pre, spec))
-                case LargestOfGroups():
-                    parts.append(select.largest_of_groups(pre, spec))
-                case Above(bounds):
-                    parts.append(select.above(pre, bounds))
-            if len(parts) == 1 and len(parts[0].indices) > max_density * pre.numel():
-                raise TooDense
-        return Selection(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+        return kernels.select_by_rows(centred, lambda rows: pre_activations(rows, encoders), spec, max_density)
 
 
 def encoded_at(

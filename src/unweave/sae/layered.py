@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from unweave import kernels
+from unweave._errors import UnweaveError
 from unweave.kernels import Above, LargestOfBatch, Selection, Spec
 from unweave.kernels.select import largest_of_batch
 from unweave.sae import ops
@@ -36,6 +37,14 @@ class Layered(SAE):
         if name == "W_dec" and "W_dec" in self._modules:
             return torch.cat([self._widened(block) for block in self.decoders])
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "W_dec" and "W_dec" in self._modules:
+            raise UnweaveError(
+                "a cross-layer transcoder's decoder is held in blocks, and W_dec is made from them: write to "
+                "decoders[i], what layer i's latents write to its own output and all later ones."
+            )
+        super().__setattr__(name, value)
 
     def _hold(self, decoders: Iterable[Tensor]) -> None:
         """Take over the decoder, block by block, under the names `W_dec.0`, `W_dec.1`, ..."""

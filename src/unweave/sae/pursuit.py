@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from unweave._errors import UnweaveError
@@ -60,26 +60,25 @@ class Pursuit(Activation):
         """The codes of inputs from which the bias is subtracted, with their gradients."""
 
     def training_codes(
-        self, sae: SAE, x: Float[Tensor, "n d_in"], dead: Bool[Tensor, " d_sae"] | None, k_aux: int
+        self, sae: SAE, x: Float[Tensor, "n d_in"], dead: Int64[Tensor, " c"] | None, k_aux: int
     ) -> tuple[SparseCodes, SparseCodes | None]:
         """The codes of a training batch; and, where latents are dead, how matching pursuit would go on with those.
 
         Args:
             sae: Its weights.
             x: Inputs, at the scale of training.
-            dead: Latents that count as dead.
+            dead: Latents that count as dead, ascending.
             k_aux: Most dead latents on each row, which are never more than k; 0 for none.
         """
         centred = x - sae._bias_of_input()
         codes = self.encode(centred, sae.W_dec)
-        latents = None if dead is None or k_aux == 0 else dead.nonzero().flatten()
-        if latents is None or len(latents) == 0:
+        if dead is None or len(dead) == 0 or k_aux == 0:
             return codes, None
         residual = (centred - ops.decode(codes, sae.W_dec)).detach()
-        atoms = sae.W_dec[latents]
-        steps = with_gradient(residual, atoms, pursue(residual, atoms, min(self.k, k_aux, len(latents))))
-        aux = codes_of(steps, len(latents))
-        return codes, SparseCodes(latents[aux.indices], aux.values, aux.offsets, sae.d_sae)
+        atoms = sae.W_dec[dead]
+        steps = with_gradient(residual, atoms, pursue(residual, atoms, min(self.k, k_aux, len(dead))))
+        aux = codes_of(steps, len(dead))
+        return codes, SparseCodes(dead[aux.indices], aux.values, aux.offsets, sae.d_sae)
 
 
 @register_activation

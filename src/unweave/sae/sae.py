@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from unweave import kernels
@@ -200,7 +200,7 @@ class SAE(Persistent, Weights, nn.Module):
     def training_codes(
         self,
         x: Float[Tensor, "n d_in"],
-        dead: Bool[Tensor, " d_sae"] | None = None,
+        dead: Int64[Tensor, " c"] | None = None,
         k_aux: int = 0,
         k_multi: int = 0,
         k: float | None = None,
@@ -209,7 +209,7 @@ class SAE(Persistent, Weights, nn.Module):
 
         Args:
             x: Inputs, at the scale of training.
-            dead: Latents that count as dead, of which the `k_aux` strongest of each row are returned too.
+            dead: Latents that count as dead, ascending; the `k_aux` strongest of them in each row are returned too.
             k_aux: Number of dead latents for each row; 0 for none.
             k_multi: A k larger than the activation function's: one selection with it gives the codes, and beside them
                 the entries of rank k + 1 to `k_multi`. 0 for none.
@@ -221,7 +221,7 @@ class SAE(Persistent, Weights, nn.Module):
             return TrainingCodes(found, found, aux)
         bias = self._bias_of_input()
         with torch.no_grad():
-            centred, latents = x - bias, None if dead is None or k_aux == 0 else dead.nonzero().flatten()
+            centred, latents = x - bias, dead if k_aux else None
             pre: Codes
             extra = None
             if k_multi:

@@ -172,12 +172,13 @@ class TemporalSAE(SAE):
             )
         return x.flatten(0, -3).to(self.dtype) * self.scale
 
-    def _predicted(self, x: Float[Tensor, "b t d_in"], W_enc: Float[Tensor, "d_in d_sae"]) -> Prediction:
+    def _predicted(self, x: Float[Tensor, "b t d_in"], W_dec: Float[Tensor, "d_sae d_in"] | None = None) -> Prediction:
+        W_enc, W_dec = self.W_enc, self.W_dec if W_dec is None else W_dec
         residual = x - self._bias_of_input()
         codes, output = x.new_zeros(*x.shape[:2], self.d_sae), torch.zeros_like(x)
         for layer in self.attn_layers:
             p = layer((residual @ W_enc).relu()).relu()
-            direction = p @ self.W_dec
+            direction = p @ W_dec
             norm = direction.norm(dim=2, keepdim=True) + _EPS
             along = torch.linalg.vecdot(direction, residual).unsqueeze(2) / norm.square()
             codes, output = codes + along * p, output + along * direction
@@ -186,11 +187,11 @@ class TemporalSAE(SAE):
 
     def predicted(self, x: Float[Tensor, "... t d_in"]) -> Float[Tensor, "... t d_sae"]:
         """The codes that earlier tokens predict, dense."""
-        return self._predicted(self._sequences(x), self.W_enc).codes.reshape(*x.shape[:-1], self.d_sae)
+        return self._predicted(self._sequences(x)).codes.reshape(*x.shape[:-1], self.d_sae)
 
     def _both(self, x: Float[Tensor, "... t d_in"]) -> tuple[Prediction, SparseCodes]:
         sequences = self._sequences(x)
-        prediction = self._predicted(sequences, self.W_enc)
+        prediction = self._predicted(sequences)
         return prediction, super().encode_sparse((sequences - prediction.output).flatten(0, 1))
 
     def encode_sparse(self, x: Float[Tensor, "... t d_in"]) -> SparseCodes:
@@ -208,7 +209,7 @@ class TemporalSAE(SAE):
 
     def output(self, codes: Codes, x: Float[Tensor, "... t d_in"]) -> Float[Tensor, "n d_in"]:
         """The output for sequences whose novel codes are known."""
-        predicted = self._predicted(self._sequences(x), self.W_enc).output.flatten(0, 1)
+        predicted = self._predicted(self._sequences(x)).output.flatten(0, 1)
         return self.decode(codes) + predicted / self.scale
 
     def forward(self, x: Float[Tensor, "... t d_in"]) -> Float[Tensor, "... t d_in"]:
@@ -218,10 +219,7 @@ class TemporalSAE(SAE):
         return made.reshape(x.shape).to(x.dtype)
 
     def split_input(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_in"]]:
-        """Training's rows, which are whole sequences of `settings.context` tokens, without what is predicted of them.
-
-        Returns:
-            What is left to encode, and what the output is without novel codes.
+        """`split_sequences` of rows that are whole sequences of `settings.context` tokens.
 
         Raises:
             UnweaveError: If the number of rows is no multiple of the context.
@@ -231,9 +229,22 @@ class TemporalSAE(SAE):
                 f"a temporal SAE's batches are whole sequences of {self.settings.context} tokens, and {len(x)} rows "
                 "are no multiple."
             )
-        sequences = x.reshape(-1, self.settings.context, self.d_in)
-        predicted = self._predicted(sequences, self.W_enc).output.flatten(0, 1)
-        return x - predicted, self.b_dec + predicted
+        return self.split_sequences(x.reshape(-1, self.settings.context, self.d_in))
+
+    def split_sequences(
+        self, x: Float[Tensor, "b t d_in"], W_dec: Float[Tensor, "d_sae d_in"] | None = None
+    ) -> tuple[Float[Tensor, "b*t d_in"], Float[Tensor, "b*t d_in"]]:
+        """Sequences at the scale of training, without what is predicted of each token.
+
+        Args:
+            x: The sequences, multiplied by `scale`.
+            W_dec: What stands in the decoder's place, for its gradients; it does not encode.
+
+        Returns:
+            What is left to encode, and what the output is without novel codes.
+        """
+        predicted = self._predicted(x, W_dec).output.flatten(0, 1)
+        return x.flatten(0, 1) - predicted, self.b_dec + predicted
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, settings={self.settings}"

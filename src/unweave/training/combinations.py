@@ -144,8 +144,17 @@ def check_run(config: TrainConfig) -> None:
             raise UnweaveError(
                 "an end-to-end loss takes the place of the one squared error: leave out matryoshka and error."
             )
+    check_in_step(config, "an end-to-end loss")
+
+
+def check_in_step(config: TrainConfig, what: str) -> None:
+    """Refuse settings of a model that runs by itself.
+
+    Raises:
+        UnweaveError: Naming what needs each pass of the model as it is.
+    """
     if config.model_precision == "bf16" or config.background is True or config.model_device is not None:
         raise UnweaveError(
-            "an end-to-end loss runs the model as it is, beside the SAE and in step with it: leave out "
-            "model_precision, background and model_device."
+            f"{what} runs the model as it is, beside the SAE and in step with it: leave out model_precision, "
+            "background and model_device."
         )

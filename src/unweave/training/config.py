@@ -201,7 +201,7 @@ class Start:
         id: The SAE in it, where there are several.
         method: What is fine-tuned: "decoder", "unrotated_decoder" or "scale", with codes that stay what they are; see
             `unweave.training.finetune`. None: all weights, by `TrainConfig.end_to_end`.
-        lr: Learning rate. None: 1e-3 for a decoder, a quarter of `SAEConfig.lr` for all weights.
+        lr: Learning rate. None: 3e-3 for a decoder, a quarter of `SAEConfig.lr` for all weights.
     """
 
     sae: str | None = None
@@ -290,7 +290,7 @@ class TrainConfig:
         further = self.start is not None or self.end_to_end is not None
         if not further or self.saes != (SAEConfig(),):  # else what is trained may follow from an SAE that is read later
             check_sites(self.saes, self.targets)
-        check_order(self.saes)
+        check_order(self)
         check_run(self)
 
     @property

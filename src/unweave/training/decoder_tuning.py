@@ -6,13 +6,15 @@
 
 Everything can be folded into the decoder, so what comes out is a coder like any other. A crosscoder has one factor for
 each latent, the same at all its hooks, because its code is one; so has a cross-layer transcoder for all that a latent
-writes to. An SAE whose decoder encodes, too, comes out untied: its encoder is what its decoder was.
+writes to. An SAE whose decoder encodes, too, comes out untied: its encoder is what its decoder was. What is special of
+temporal SAEs is in `unweave.training.temporal_tuning`.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,10 +26,11 @@ from unweave._errors import UnweaveError
 from unweave.objectives import squared_error
 from unweave.sae import SAE, TemporalSAE, ops
 from unweave.sae.clt import CrossLayerPart
+from unweave.sae.codes import SparseCodes
 from unweave.sae.folds import fold_output_scale
 from unweave.sae.normalization import token_statistics
 from unweave.training.config import Method, SAEConfig
-from unweave.training.fresh import scale_of
+from unweave.training.fresh import Scale, scale_of
 from unweave.training.optimizer import Adam, squares_of
 from unweave.training.schedules import learning_rate_factor
 from unweave.training.sites import Site
@@ -39,8 +42,8 @@ class DecoderTuning(Trainee):
     """A finished coder of which only (parts of) the decoder are trained, step by step, by Adam on the squared error.
 
     Not made by `Trainee.__init__`: nothing is fresh, and nothing of the encoder or of its penalties is trained. Codes
-    are those of raw inputs. The decoder's rows are held at norm 1, beside their `norms`, and outputs are compared at a
-    mean squared norm of their width, so that a learning rate means the same for every coder.
+    are those of raw inputs. The decoder's rows begin at norm 1, beside their `norms`, and are free, and outputs are
+    compared at a mean squared norm of their width, so that a learning rate means the same for every coder.
 
     Args:
         start: The coder; it is not changed.
@@ -76,11 +79,8 @@ class DecoderTuning(Trainee):
         dtype = torch.promote_types(start.dtype, torch.float32)
         self.start = start
         sae = self.sae = untied(start).to(sample.device, dtype).requires_grad_(False)
-        move_bias(sae, subtracted=False)
-        self.scale = 1.0 if sae.per_token else scale_of(sample, widths)
-        self.target_scale = None if target is None else scale_of(target, target_widths)
         self.normalization, self.atoms, self.fused = None, None, None
-        fold_output_scale(sae, 1 / self.scale, None if self.target_scale is None else 1 / self.target_scale)
+        self.scale, self.target_scale = self._to_training(sample, target, widths, target_widths)
         self.factor = nn.Parameter(torch.ones_like(sae.b_enc))
         norms = torch.cat([block.norm(dim=1) for block in sae.decoders])
         self.norms = torch.where(norms > 0, norms, 1.0)
@@ -94,15 +94,42 @@ class DecoderTuning(Trainee):
             parameter.requires_grad_()
         self.optimizer = Adam(trained, config.betas, dtype)
         self.widths: tuple[int, ...] = ()
+        self.k_aux = 0  # nothing revives latents
         self.dead_after = config.dead_after or min(MAX_DEAD_AFTER, max(tokens // 10, 1))
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sample.device)
         self.lr = config.learning_rate
         self.sparsity = Sparsity(config, sae.d_out, steps)
 
-    def step(self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"] | None = None) -> StepSums:
-        """Take one optimiser step on raw activations and, for a transcoder, what it is to predict from them."""
-        sae, config = self.sae, self.config
-        x = x.detach().to(sae.device, sae.dtype)
+    @torch.no_grad()
+    def _to_training(
+        self,
+        sample: Float[Tensor, "n d_in"],
+        target: Float[Tensor, "n d_out"] | None,
+        widths: Mapping[str, int] | None,
+        target_widths: Mapping[str, int] | None,
+    ) -> tuple[Scale, Scale | None]:
+        """Bring what is behind the codes to the scale of training, and return that of inputs and of targets."""
+        sae = self.sae
+        move_bias(sae, subtracted=False)
+        scale = 1.0 if sae.per_token else scale_of(sample, widths)
+        target_scale = None if target is None else scale_of(target, target_widths)
+        fold_output_scale(sae, 1 / scale, None if target_scale is None else 1 / target_scale)
+        return scale, target_scale
+
+    def _to_raw(self, sae: SAE) -> None:
+        """Bring a coder back to the scale of raw activations."""
+        fold_output_scale(sae, self.scale, self.target_scale)
+
+    @property
+    def row_norms(self) -> Float[Tensor, " d_sae"]:
+        """What the decoder's rows are multiplied by."""
+        return self.norms if self.method == "decoder" else self.norms * self.factor
+
+    def outputs(
+        self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"] | None
+    ) -> tuple[SparseCodes, Float[Tensor, "n d_out"], Float[Tensor, "n d_out"]]:
+        """Codes, outputs and what these should be, at the scale of training, of raw activations."""
+        sae = self.sae
         with torch.no_grad():
             codes = sae.encode_sparse(x)
         x = x * self.scale if sae.per_token is None else token_statistics(x, sae.per_token).apply(x)
@@ -110,8 +137,13 @@ class DecoderTuning(Trainee):
         if target is not None:
             assert self.target_scale is not None
             y = target.detach().to(x) * self.target_scale
-        norms = self.norms if self.method == "decoder" else self.norms * self.factor
-        y_hat = ops.decode(codes.with_values(codes.values * codes.at(norms)), sae.decoders) + sae.constant(x)
+        scaled = codes.with_values(codes.values * codes.at(self.row_norms))
+        return codes, ops.decode(scaled, sae.decoders) + sae.constant(x), y
+
+    def step(self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"] | None = None) -> StepSums:
+        """Take one optimiser step on raw activations and, for a transcoder, what it is to predict from them."""
+        config = self.config
+        codes, y_hat, y = self.outputs(x.detach().to(self.sae.device, self.sae.dtype), target)
         loss = squared_error(y_hat, y)
         loss.backward()
         grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self.optimizer.parameters.items()}
@@ -126,7 +158,7 @@ class DecoderTuning(Trainee):
         self.tokens_since_fired += len(x)
         self.tokens_since_fired[codes.firing_counts() > 0] = 0
         self.step_count += 1
-        n = torch.tensor(float(len(x)), device=x.device)
+        n = torch.tensor(float(len(x)), device=y.device)
         error, variance = kernels.squared_norm(y_hat.detach() - y), kernels.squared_norm(y - y.mean(0))
         return StepSums(n, error, variance, codes.l0().sum(), loss.detach() * n, grad_norm * n)
 
@@ -166,7 +198,7 @@ class DecoderTuning(Trainee):
         for block, own in sae.with_decoders(factor):
             block.mul_(own[:, None])
         if self.method != "scale":
-            fold_output_scale(sae, self.scale, self.target_scale)
+            self._to_raw(sae)
         sae.metadata = dict(metadata)
         return sae
 
@@ -183,11 +215,7 @@ def tuned_trainee(
     seed: int,
 ) -> Trainee:
     """A `DecoderTuning` at a site, as `MakeTrainee` wants it; nothing of it is random."""
-    x, target = site.rows(sample)
-    widths, targets = site.side_by_side(sample)
-    return DecoderTuning(
-        start, method, config, x, target, steps=steps, tokens=tokens, widths=widths, target_widths=targets
-    )
+    return DecoderTuning(start, method, config, **site.sample(sample), steps=steps, tokens=tokens)
 
 
 def check_tunable(sae: SAE) -> None:
@@ -196,11 +224,6 @@ def check_tunable(sae: SAE) -> None:
     Raises:
         UnweaveError: With the reason.
     """
-    if isinstance(sae, TemporalSAE):
-        raise UnweaveError(
-            "a temporal SAE takes out of a token what its decoder makes of earlier ones before it encodes the rest, so "
-            "no part of its decoder can change while its codes stay."
-        )
     if sae.activation.tied:
         raise UnweaveError(
             f"a {sae.activation.name} SAE chooses each atom by what the atoms before it leave of the input, so no part "
@@ -214,14 +237,17 @@ def untied(sae: SAE) -> SAE:
     """A copy with an encoder of its own, whose codes are the same."""
     if not sae.tied:
         return copy.deepcopy(sae)
-    made = SAE(
-        sae.d_in, sae.d_sae, sae.activation, apply_b_dec_to_input=sae.apply_b_dec_to_input, metadata=sae.metadata,
-        generator=torch.Generator(),
-    ).requires_grad_(False)  # fmt: skip
+    with torch.device("meta"):  # nothing is drawn or allocated: all weights are taken over
+        made = SAE(sae.d_in, sae.d_sae, sae.activation)
+        if isinstance(sae, TemporalSAE):
+            made = TemporalSAE(sae.d_in, sae.d_sae, sae.activation, replace(sae.settings, tied=False))
+            made.scale = sae.scale
+            made.register_buffer("b_enc", sae.b_enc.clone(), persistent=False)
+    made.requires_grad_(False)
+    made.apply_b_dec_to_input, made.per_token, made.metadata = sae.apply_b_dec_to_input, sae.per_token, sae.metadata
     # Each in the type that it has: a threshold is in float32 beside weights of any other.
     weights = sae.state_dict() | {"W_enc": sae.W_enc.detach()}
     made.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
-    made.per_token = sae.per_token
     return made
 
 

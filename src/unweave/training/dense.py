@@ -55,12 +55,15 @@ def auxk_gradients(
     bias = sae.b_enc.detach()[latents].to(dtype)
     spread = kernels.squared_norm(residual - cpu.sum_rows(residual) / len(residual))
     weight = coefficient * d * min(1.0, c / k) / spread if spread > 0 else residual.new_zeros(())
-    loss = residual.new_zeros(())
-    grads = residual.new_zeros(c, d), residual.new_zeros(c, d), residual.new_zeros(c)
+    loss, none, g_bias = residual.new_zeros(()), residual.new_zeros(c), residual.new_zeros(c)
+    g_dec, g_enc = (scratch(f"gradient of dead {name}", (c, d)).zero_() for name in ("W_dec", "W_enc"))
     rows = _auxk_rows(len(residual), c)
+    rooms = [scratch(name, (min(rows, len(residual)), c), dtype) for name in ("codes", "back")]
+    products = scratch("weight products", (c, d), dtype)
     for e, x in zip(residual.split(rows), centred.split(rows), strict=True):
         x = x.to(dtype)
-        codes = torch.addmm(bias, x, W_enc.T)
+        codes, back = (room[: len(x)] for room in rooms)
+        torch.addmm(bias, x, W_enc.T, out=codes)
         if k < c:
             cpu.keep_largest_(codes, k)
         else:
@@ -68,11 +71,11 @@ def auxk_gradients(
         error = (codes @ W_dec).float().sub_(e)
         loss = loss + weight * kernels.squared_norm(error)
         out = error.mul_(2 * weight).to(dtype)
-        back = torch.ops.aten.threshold_backward(out @ W_dec.T, codes, 0)
-        grads[0].add_(codes.T @ out)
-        grads[1].add_(back.T @ x)
-        grads[2].add_(cpu.sum_rows(back.float()))
-    return Aux(loss, latents, *grads)
+        torch.mm(out, W_dec.T, out=back)
+        cpu.dense_back(back, codes, none, none, 0.0, g_bias, none, none)
+        _add(g_dec, torch.mm(codes.T, out, out=products))
+        _add(g_enc, torch.mm(back.T, x, out=products))
+    return Aux(loss, latents, g_dec, g_enc, g_bias)
 
 
 def auxk_bytes(n: int, d: int, c: int, low: bool) -> int:
@@ -85,7 +88,7 @@ def auxk_bytes(n: int, d: int, c: int, low: bool) -> int:
         low: Whether products are made in bf16.
     """
     size, rows = 2 if low else 4, min(n, _auxk_rows(n, c))
-    return c * d * (2 * size + 8) + rows * (c * (2 * size + 4) + 8 * d)
+    return c * d * (3 * size + 8) + rows * (2 * c * size + 8 * d)
 
 
 def _auxk_rows(n: int, c: int) -> int:
@@ -93,35 +96,34 @@ def _auxk_rows(n: int, c: int) -> int:
 
 
 def dense_gradients(
-    sae: SAE, config: SAEConfig, x: Float[Tensor, "n d_in"], centred: Float[Tensor, "n d_in"],
-    latents: Int64[Tensor, " c"], k_aux: int, penalty: float, low: bool,
+    sae: SAE, config: SAEConfig, centred: Float[Tensor, "n d_in"], latents: Int64[Tensor, " c"], k_aux: int,
+    penalty: float, low: bool,
 ) -> tuple[Step, float]:  # fmt: skip
     """A step of a ReLU or JumpReLU SAE by dense products, and the density of its codes.
 
     Args:
         sae: The SAE.
         config: How it is trained.
-        x: Inputs.
-        centred: Inputs of the encoder.
+        centred: Inputs, less `b_dec`.
         latents: Dead latents.
         k_aux: How many of them a token uses.
         penalty: Coefficient of the sparsity term.
         low: Whether products are made in bf16.
     """
-    dtype, (n, d), m = torch.bfloat16 if low else torch.float32, x.shape, sae.d_sae
+    dtype, (n, d), m = torch.bfloat16 if low else torch.float32, centred.shape, sae.d_sae
     rows_dec, rows_enc = sae.W_dec.detach(), sae.W_enc.detach().T
     W_dec, W_enc, bias = rows_dec.to(dtype), rows_enc.to(dtype), sae.b_enc.detach().to(dtype)
     jump = sae.activation if isinstance(sae.activation, JumpReLU) else None
-    theta = x.new_zeros(m) if sae.threshold is None else sae.threshold.detach()
+    theta = centred.new_zeros(m) if sae.threshold is None else sae.threshold.detach()
     norms = rows_dec.norm(dim=1) if isinstance(config.sparsity_term, L1) else None
-    add = x.new_zeros(m) if norms is None else penalty / n * norms
+    add = centred.new_zeros(m) if norms is None else penalty / n * norms
 
     g_dec, g_enc = scratch("gradient of W_dec", (m, d)).zero_(), scratch("gradient of W_enc", (m, d)).zero_()
-    g_bias, out_sum = x.new_zeros(m), x.new_zeros(d)
-    sums, active, towards, windows = x.new_zeros(m), x.new_zeros(m), x.new_zeros(m), x.new_zeros(m)
-    residual = scratch("residual", x.shape) if len(latents) else None
+    g_bias, out_sum = centred.new_zeros(m), centred.new_zeros(d)
+    sums, active, towards, windows = (centred.new_zeros(m) for _ in range(4))
+    residual = scratch("residual", centred.shape) if len(latents) else None
     chunk = max(16, min(CHUNK_ROWS, 2**24 // m))
-    squared_error = x.new_zeros((), dtype=torch.float64)
+    squared_error = centred.new_zeros((), dtype=torch.float64)
     buffers = [scratch(name, (min(chunk, n), m), dtype) for name in ("products", "codes", "back")]
     products = scratch("weight products", (m, d), dtype)
     for start in range(0, n, chunk):
@@ -129,11 +131,10 @@ def dense_gradients(
         inputs = centred[rows].to(dtype)
         pre, codes, back = (b[: len(inputs)] for b in buffers)
         torch.addmm(bias, inputs, W_enc.T, out=pre)
-        if not pre.sum(dtype=torch.float32).isfinite() and not pre.isfinite().all():
+        if not cpu.dense_codes(pre, theta, codes, active, sums):
             bad = int((~pre.isfinite()).any(1).nonzero()[0])
             raise UnweaveError(f"training step: pre-activations of row {start + bad} are NaN or infinite.")
-        cpu.dense_codes(pre, theta, codes, active, sums)
-        error = (codes @ W_dec).float().add_(sae.b_dec.detach()).sub_(x[rows])
+        error = (codes @ W_dec).float().sub_(centred[rows])  # what is centred is reconstructed without the bias
         squared_error += kernels.squared_norm(error)
         if residual is not None:
             residual[rows] = -error
@@ -142,8 +143,8 @@ def dense_gradients(
         out = out.to(dtype)
         torch.mm(out, W_dec.T, out=back)
         cpu.dense_back(back, pre, theta, add, jump.bandwidth / 2 if jump else 0.0, g_bias, windows, towards)
-        g_dec += torch.mm(codes.T, out, out=products)
-        g_enc += torch.mm(back.T, inputs, out=products)
+        _add(g_dec, torch.mm(codes.T, out, out=products))
+        _add(g_enc, torch.mm(back.T, inputs, out=products))
 
     loss, l0 = (squared_error / n).float(), kernels.ordered_sum(active)
     if norms is not None:
@@ -160,7 +161,8 @@ def dense_gradients(
         g_enc[latents] += aux.W_enc
         g_bias[latents] += aux.b_enc
     if config.decoder_is_unit:
-        g_dec.addcmul_(torch.linalg.vecdot(g_dec, rows_dec)[:, None], rows_dec, value=-1)
+        for g, w in zip(g_dec.split(CHUNK_ROWS), rows_dec.split(CHUNK_ROWS), strict=True):
+            g.addcmul_(torch.linalg.vecdot(g, w)[:, None], w, value=-1)
     grads: dict[str, Tensor | RowGrad] = {
         "W_dec": g_dec, "W_enc": g_enc.T, "b_enc": g_bias, "b_dec": out_sum - cpu.sum_rows(rows_enc, g_bias),
     }  # fmt: skip
@@ -168,3 +170,9 @@ def dense_gradients(
         grads["threshold"] = towards
     squares = squares_of(grads)
     return Step(loss, squared_error, l0, active > 0, None, grads, squares), l0.item() / (n * m)
+
+
+def _add(total: Float[Tensor, "m d"], products: Float[Tensor, "m d"]) -> None:
+    """Add in place, a few rows at a time: PyTorch makes a copy of what is of another type."""
+    for rows, added in zip(total.split(CHUNK_ROWS), products.split(CHUNK_ROWS), strict=True):
+        rows += added

@@ -17,7 +17,7 @@ from unweave.sae.pursuit import Pursuit
 from unweave.training.sites import PREDICTS
 
 if TYPE_CHECKING:
-    from unweave.training.config import SAEConfig
+    from unweave.training.config import SAEConfig, TrainConfig
 
 
 def is_tied(config: SAEConfig) -> bool:
@@ -76,15 +76,16 @@ def _check_temporal(config: SAEConfig) -> None:
         raise UnweaveError("resampling and W_dec_init write unit rows, and a temporal SAE's decoder rows are long.")
 
 
-def check_order(saes: Sequence[SAEConfig]) -> None:
+def check_order(config: TrainConfig) -> None:
     """Refuse what reads tokens in order, for a run that shuffles them.
 
     Raises:
         UnweaveError: With what to do instead.
     """
-    if any(sae.temporal for sae in saes):
+    # What is trained end to end or further reads whole rows.
+    if any(sae.temporal for sae in config.saes) and config.end_to_end is None and config.start is None:
         what = "a temporal SAE reads whole sequences"
-    elif any(isinstance(term, Contrastive) for sae in saes for term in sae.sparsity_terms):
+    elif any(isinstance(term, Contrastive) for sae in config.saes for term in sae.sparsity_terms):
         what = "Contrastive compares pairs of neighbours"
     else:
         return

@@ -23,6 +23,7 @@ from torch import Tensor
 from unweave._errors import UnweaveError
 from unweave.models import Hook, LoadedModel, resolve_hooks, splice
 from unweave.objectives import balanced, ce_loss, downstream_error, kl_loss, squared_error
+from unweave.sae import TemporalSAE
 from unweave.sae.normalization import token_statistics
 from unweave.training.config import TrainConfig
 from unweave.training.sites import Site
@@ -61,7 +62,8 @@ class CleanPass(NamedTuple):
     ids: Int64[Tensor, "prompts context"]
     mask: Bool[Tensor, "prompts context"]
     inputs: dict[str, Any]
-    logits: Float[Tensor, "prompts context vocab"]
+    logits: Float[Tensor, "prompts context vocab"] | None
+    """None where no loss is of them."""
     activations: dict[str, Float[Tensor, "prompts context d"]]
     """By hook."""
     later: list[Float[Tensor, "prompts context d"]]
@@ -69,6 +71,10 @@ class CleanPass(NamedTuple):
     def rows(self) -> dict[str, Float[Tensor, "n d"]]:
         """The activations of the unmasked tokens."""
         return {name: activation[self.mask] for name, activation in self.activations.items()}
+
+    def first(self, n: int) -> Bool[Tensor, "prompts context"]:
+        """The first so many unmasked tokens: the last step of a run is cut."""
+        return self.mask & (self.mask.flatten().cumsum(0) <= n).view_as(self.mask)
 
 
 class SplicedTrainee(Trainee):
@@ -90,7 +96,7 @@ class SplicedTrainee(Trainee):
         assert settings is not None
         assert clean is not None
         error = squared_error(y_hat, x if target is None else target)
-        mask = clean.mask & (clean.mask.flatten().cumsum(0) <= len(x)).view_as(clean.mask)  # the last step is cut
+        mask = clean.first(len(x))
         made = self._raw(y_hat, clean, len(x)).split([clean.activations[str(hook)].shape[2] for hook in self.writes], 1)
         effects = [self._effect(hook, part, clean, mask) for hook, part in zip(self.writes, made, strict=True)]
         kl, rest = (torch.stack(terms).mean() for terms in zip(*effects, strict=True))
@@ -98,6 +104,16 @@ class SplicedTrainee(Trainee):
         divergence = d * settings.kl * kl if settings.beta is None else balanced(error, kl, settings.beta)
         # What is not the squared error (penalties, dead latents) stays.
         return usual - error + settings.error * error + divergence + d * rest, y_hat, codes
+
+    def split_input(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_in"]]:
+        """Of a temporal SAE, which reads the whole rows of the pass."""
+        sae, clean = self.sae, self.session.current
+        assert isinstance(sae, TemporalSAE)
+        assert clean is not None
+        (hook,) = self.site.inputs
+        rest, constant = sae.split_sequences(clean.activations[hook].to(x) * self.scale)
+        kept = clean.first(len(x)).flatten()
+        return rest[kept], constant[kept]
 
     def _raw(self, y_hat: Float[Tensor, "n d_out"], clean: CleanPass, n: int) -> Float[Tensor, "n d_out"]:
         """Outputs in the units of the model."""
@@ -133,6 +149,7 @@ class SplicedTrainee(Trainee):
             raise UnweaveError(f"no prediction depends on what passes at {str(hook)!r}: train it on its squared error.")
         kl, rest = logits.new_zeros(()), logits.new_zeros(())
         if settings.beta is not None or settings.kl:
+            assert clean.logits is not None
             kl = kl_loss(clean.logits, logits, mask)
         if settings.ce:
             rest = rest + settings.ce * ce_loss(logits, clean.ids, mask)

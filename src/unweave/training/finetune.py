@@ -7,6 +7,7 @@ What can be trained is in `unweave.training.decoder_tuning`. Whole runs, with ch
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from itertools import chain
 
 import torch
@@ -14,13 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unweave._errors import UnweaveError
-from unweave.sae import SAE, Crosscoder, CrossLayerTranscoder, Transcoder
+from unweave.sae import SAE, Crosscoder, CrossLayerTranscoder, TemporalSAE, Transcoder
 from unweave.sae.coders import side_by_side
 from unweave.training.config import METHODS, Method, SAEConfig
 from unweave.training.decoder_tuning import DecoderTuning, check_tunable
 from unweave.training.sites import Rows
+from unweave.training.temporal_tuning import Sequences, TemporalTuning
 
-Batch = Float[Tensor, "n d_in"] | tuple[Tensor, Tensor] | Mapping[str, Tensor]
+Batch = Float[Tensor, "... d_in"] | tuple[Tensor, Tensor] | Mapping[str, Tensor]
 
 
 def finetune(
@@ -29,7 +31,7 @@ def finetune(
     *,
     method: Method = "decoder",
     tokens: int | None = None,
-    lr: float = 1e-3,
+    lr: float = 3e-3,
     warmup: float = 0.05,
     decay: float = 0.5,
 ) -> SAE:
@@ -38,7 +40,8 @@ def finetune(
     Args:
         sae: Any coder that takes raw activations; it is not changed.
         batches: Raw activations `(n, d_in)`; for a transcoder pairs `(x, y)` of what it reads and predicts. Of a
-            crosscoder and a cross-layer transcoder, whose hooks lie side by side there, also activations by name.
+            crosscoder and a cross-layer transcoder, whose hooks lie side by side there, also activations by name. For a
+            temporal SAE sequences `(n, tokens, d_in)`.
         method: What is trained; see `unweave.training.decoder_tuning`.
         tokens: Activations to train on; the last batch is cut. None: all that there are, which must be a sequence.
         lr: Learning rate of Adam, for outputs scaled to a mean squared norm of their width and decoder rows of norm 1.
@@ -46,13 +49,14 @@ def finetune(
         decay: Share of the run, at its end, over which it falls to 0.
 
     Returns:
-        A coder whose codes are those of `sae`. Unless factors alone are trained, its decoder's bias is not subtracted
-        from the input any more (that of `sae` moved into the encoder), so that the two biases are free of each other.
-        A tied SAE comes out with an encoder of its own.
+        A coder whose codes are those of `sae`; of a temporal SAE nearly, see `unweave.training.temporal_tuning`. Unless
+        factors alone are trained, its decoder's bias is not subtracted from the input any more (that of `sae` moved
+        into the encoder), so that the two biases are free of each other; a temporal SAE's stays subtracted. A tied SAE
+        comes out with an encoder of its own.
 
     Raises:
-        UnweaveError: If there is no such method, no part of the decoder can change while codes stay (pursuits, temporal
-            SAEs), there are too few activations, or they are not finite or of another shape.
+        UnweaveError: If there is no such method, no part of the decoder can change while codes stay (pursuits), there
+            are too few activations, or they are not finite or of another shape.
     """
     if method not in METHODS:
         raise UnweaveError(f"SAEs are fine-tuned by {', '.join(METHODS)}, not by {method!r}.")
@@ -60,21 +64,25 @@ def finetune(
     if tokens is None:
         batches = list(batches)
         tokens = sum(len(_rows(sae, batch, i).x) for i, batch in enumerate(batches))
-    stream = (_rows(sae, batch, i) for i, batch in enumerate(batches))
+    stream = ((batch, _rows(sae, batch, i)) for i, batch in enumerate(batches))
     first = next(stream, None)
-    if first is None or tokens < 1 or len(first.x) == 0:
+    if first is None or tokens < 1 or len(first[1].x) == 0:
         raise UnweaveError("there are no activations to fine-tune on.")
     config = SAEConfig(
         d_sae=sae.d_sae, activation=sae.activation, sparsity=(), lr=lr, warmup=warmup, decay=decay, grad_clip=None
     )
     widths, targets = _widths(sae)
-    trainee = DecoderTuning(
-        sae, method, config, *first, steps=-(-tokens // len(first.x)), tokens=tokens, widths=widths,
+    kind = TemporalTuning if isinstance(sae, TemporalSAE) else DecoderTuning
+    trainee = kind(
+        sae, method, config, *first[1], steps=-(-tokens // len(first[1].x)), tokens=tokens, widths=widths,
         target_widths=targets,
     )  # fmt: skip
     seen = 0
-    for x, y in chain([first], stream):
+    for batch, (x, y) in chain([first], stream):
         n = min(len(x), tokens - seen)
+        if isinstance(trainee, TemporalTuning):
+            assert isinstance(batch, Tensor)
+            trainee.read = partial(_first, batch)
         if n:
             trainee.step(x[:n], None if y is None else y[:n])
         seen += n
@@ -83,6 +91,11 @@ def finetune(
     if seen < tokens:
         raise UnweaveError(f"the activations ran out after {seen:,} of {tokens:,} tokens.")
     return trainee.finished(sae.metadata | {"finetuning": {"method": method, "tokens": tokens, "lr": lr}})
+
+
+def _first(sequences: Float[Tensor, "b t d"], n: int) -> Sequences:
+    """All of a batch of sequences, of whose tokens the first so many count."""
+    return sequences, (torch.arange(sequences[..., 0].numel()) < n).view(sequences.shape[:2]).to(sequences.device)
 
 
 def _rows(sae: SAE, batch: Batch, i: int) -> Rows:
@@ -98,6 +111,13 @@ def _rows(sae: SAE, batch: Batch, i: int) -> Rows:
             y = side_by_side(batch, sae.writes, "cross-layer transcoder")
     elif isinstance(batch, tuple | list) and predicts and len(batch) == 2:
         x, y = batch
+    elif isinstance(batch, Tensor) and isinstance(sae, TemporalSAE):
+        if batch.ndim != 3 or batch.shape[2] != sae.d_in:
+            shape = tuple(batch.shape)
+            raise UnweaveError(
+                f"batch {i} must hold sequences for a temporal SAE, (n, tokens, {sae.d_in}), got {shape}."
+            )
+        x = batch.flatten(0, 1)
     elif isinstance(batch, Tensor) and not predicts:
         x = batch
     else:

@@ -10,7 +10,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unweave._errors import UnweaveError
-from unweave.sae import SAE, Crosscoder, CrossLayerTranscoder, TemporalSAE, Transcoder
+from unweave.sae import (
+    SAE,
+    ArchetypalDictionary,
+    Crosscoder,
+    CrossLayerTranscoder,
+    Normalization,
+    TemporalSAE,
+    Transcoder,
+    fold_decoder_norms,
+    fold_input_scale,
+    fold_normalization,
+)
 from unweave.sae.init import data_directions, middle
 from unweave.training.config import SAEConfig
 from unweave.training.dictionary import is_tied
@@ -113,6 +124,48 @@ def fresh_coder(
     return sae
 
 
+@torch.no_grad()
+def take_over(
+    start: SAE,
+    fresh: SAE,
+    config: SAEConfig,
+    scale: Scale,
+    target_scale: Scale | None,
+    normalization: Normalization | None,
+) -> Scale:
+    """Give a fresh coder the weights of a finished one, in place, as training has them; return the scale of inputs.
+
+    Args:
+        start: The finished coder, which takes raw activations.
+        fresh: The fresh one.
+        config: How it is trained.
+        scale: What training multiplies inputs by; a temporal SAE keeps its own factor instead.
+        target_scale: What it multiplies targets by.
+        normalization: What it does to inputs beyond that.
+
+    Raises:
+        UnweaveError: If `start` cannot be trained on as the configured one.
+    """
+    check_start(start, fresh)
+    if isinstance(config.dictionary, ArchetypalDictionary):
+        raise UnweaveError("an archetypal dictionary starts from data points, not from an SAE that has atoms.")
+    if start.per_token != (normalization and normalization.per_token):
+        raise UnweaveError(f"the SAE to start from has per_token={start.per_token}, not {config.normalize}.")
+    fresh.load_state_dict(start.state_dict())
+    if isinstance(start, TemporalSAE):
+        fresh.apply_b_dec_to_input = start.apply_b_dec_to_input
+        return start.scale
+    if normalization is None:
+        fold_input_scale(fresh, 1 / scale, None if target_scale is None else 1 / target_scale)
+    elif normalization.mean is not None:
+        fold_normalization(fresh, normalization.to(fresh.device).reversed())
+    activation = config.activation
+    if activation.scales and config.unit_norm != "keep" and (config.decoder_is_unit or not activation.needs_unit_norm):
+        fold_decoder_norms(fresh)
+    fresh.activation = activation  # a pursuit's threshold is in units of training already
+    return scale
+
+
 def check_start(start: SAE, fresh: SAE) -> None:
     """Refuse an SAE that cannot be trained on as the configured one.
 
@@ -129,5 +182,5 @@ def check_start(start: SAE, fresh: SAE) -> None:
             raise UnweaveError(f"the SAE to start from has {settings}, and {fresh.settings} is to be trained.")
     if type(start) is not type(fresh):
         raise UnweaveError(f"a {type(start).__name__} cannot be trained further as {type(fresh).__name__}.")
-    if start.apply_b_dec_to_input != fresh.apply_b_dec_to_input:
+    if start.apply_b_dec_to_input != fresh.apply_b_dec_to_input and not isinstance(start, TemporalSAE):
         raise UnweaveError("an SAE that does not subtract its decoder bias from its input cannot be trained further.")

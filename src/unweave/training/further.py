@@ -18,6 +18,7 @@ from unweave.models import LoadedModel, capture, differences, resolve_hooks, tra
 from unweave.objectives import L1, AuxK, TargetL0
 from unweave.sae import SAE, Crosscoder, CrossLayerTranscoder, TemporalSAE, TiedDictionary, Transcoder
 from unweave.sae.clt import CrossLayerPart
+from unweave.training.combinations import check_in_step
 from unweave.training.config import SAEConfig, Start, TrainConfig
 from unweave.training.controller import L0Controller
 from unweave.training.decoder_tuning import check_tunable, move_bias, tuned_trainee
@@ -25,7 +26,7 @@ from unweave.training.dictionary import check_fresh
 from unweave.training.sites import Site, check_sites
 from unweave.training.trainees import MakeTrainee
 
-_DECODER_RATE, _SHARE = 1e-3, 0.25
+_DECODER_RATE, _SHARE = 3e-3, 0.25
 """Learning rate for a decoder alone, and, for all weights, the share of what fresh ones have: that makes 5e-5 at 16,384
 latents (arXiv 2503.17272)."""
 _ROUNDED = 2e-3
@@ -52,11 +53,8 @@ def resolved(config: TrainConfig, start: SAE | None) -> tuple[TrainConfig, SAE |
         start = SAE.from_pretrained(wanted.sae, wanted.id)
     if wanted.method is not None:
         check_tunable(start)
-    elif isinstance(start, TemporalSAE):
-        raise UnweaveError(
-            "a temporal SAE reads whole sequences, and of a model's rows the masks leave out tokens: neither its "
-            "decoder nor all of it can be trained further."
-        )
+        if isinstance(start, TemporalSAE):
+            check_in_step(config, "a temporal SAE, which reads whole rows,")
     elif isinstance(start, CrossLayerPart):
         raise UnweaveError("a part of a cross-layer transcoder shares its weights with others: train the whole.")
     if config.saes in ((SAEConfig(),), (own := settings_of(start, wanted),)):
@@ -102,6 +100,7 @@ def settings_of(sae: SAE, start: Start) -> SAEConfig:
             coder = "crosscoder"
         case Transcoder():
             coder = "transcoder"
+    ties = sae.tied and not isinstance(sae, TemporalSAE)  # which says so in its own settings
     rate = _DECODER_RATE if only_decoder else _SHARE * SAEConfig(d_sae=d_sae, activation=sae.activation).learning_rate
     settings = SAEConfig(
         d_sae=d_sae,
@@ -116,7 +115,8 @@ def settings_of(sae: SAE, start: Start) -> SAEConfig:
         coder=coder,  # type: ignore[arg-type]
         glu=sae.glu,
         skip=getattr(sae, "W_skip", None) is not None,
-        dictionary=TiedDictionary() if sae.tied and not sae.activation.tied and not only_decoder else None,
+        dictionary=TiedDictionary() if ties and not sae.activation.tied and not only_decoder else None,
+        temporal=sae.settings if isinstance(sae, TemporalSAE) else None,
     )
     keeps = not only_decoder and settings.decoder_is_unit and not _may_be_unit(sae)
     return replace(settings, unit_norm="keep") if keeps else settings
@@ -149,13 +149,20 @@ def holding(config: SAEConfig, sae: SAE, x: Float[Tensor, "n d_in"]) -> SAEConfi
     kind = sae.activation.default_sparsity
     if kind is None:
         return config
+    known = sae.metadata.get("sparsity_coefficients") or []
+    strength = L1(known[0]) if kind == "l1" and len(known) == 1 and math.isfinite(known[0]) else None
+    if isinstance(sae, TemporalSAE):  # no controller can hold its L0
+        if strength is None:
+            raise UnweaveError(
+                "the temporal SAE does not say which L1 coefficient its ReLU was trained with: give saes with its "
+                "settings and a sparsity."
+            )
+        return replace(config, sparsity=strength)
     l0 = float(sae.encode_sparse(x).l0().double().mean())
     if not l0 > 0:
         raise UnweaveError("the SAE has no active latent on the first tokens: is this the model and hook it is of?")
     if kind == "target_l0":
         return replace(config, sparsity=TargetL0(l0))
-    known = sae.metadata.get("sparsity_coefficients") or []
-    strength = L1(known[0]) if kind == "l1" and len(known) == 1 and math.isfinite(known[0]) else None
     return replace(config, sparsity=strength, l0_controller=L0Controller(l0))
 
 

@@ -70,7 +70,7 @@ class Fused:
         """Loss and gradients of a batch; the gradients' memory is used again by the next step of any SAE.
 
         Args:
-            x: Inputs at the scale of training.
+            x: Inputs at the scale of training. `b_dec` is taken from them, so that they need no second place.
             dead: Latents that AuxK revives.
             penalty: Coefficient of the sparsity term, its schedule included.
             screen: Of the encoder as it is now; None: it is made.
@@ -79,17 +79,17 @@ class Fused:
             TooDense: If a gate is open so often that dense products are faster.
         """
         low = kernels.low(self.config.precision, "cpu")
-        centred = torch.sub(x, self.sae.b_dec.detach(), out=scratch("centred", x.shape))
+        centred = x.sub_(self.sae.b_dec.detach())
         latents = dead.nonzero().flatten() if self.k_aux else dead.new_empty(0, dtype=torch.int64)
         # The precision is the configuration's, whatever surrounds the step.
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             if not self.dense:
                 try:
-                    return self._sparse(x, centred, latents, penalty, screen, low)
+                    return self._sparse(centred, latents, penalty, screen, low)
                 except kernels.TooDense:
                     if isinstance(self.config.activation, Gated):
                         raise  # its dense form is autograd's
-            step, density = dense_gradients(self.sae, self.config, x, centred, latents, self.k_aux, penalty, low)
+            step, density = dense_gradients(self.sae, self.config, centred, latents, self.k_aux, penalty, low)
         self.dense = density > SPARSE_BELOW
         return step
 
@@ -114,71 +114,73 @@ class Fused:
         return found
 
     def _sparse(
-        self, x: Tensor, centred: Tensor, latents: Tensor, penalty: float, screen: kernels.Screen | None, low: bool
+        self, centred: Tensor, latents: Tensor, penalty: float, screen: kernels.Screen | None, low: bool
     ) -> Step:
-        sae, config, (n, d), m = self.sae, self.config, x.shape, self.sae.d_sae
-        W_dec, b_dec = sae.W_dec.detach(), sae.b_dec.detach()
+        sae, config, (n, d), m = self.sae, self.config, centred.shape, self.sae.d_sae
+        # The error is that of the centred reconstruction of what is centred.
+        W_dec, no_bias = sae.W_dec.detach(), centred.new_zeros(d)
         counts, indices, pre = self._select(centred, screen)
-        theta = None
-        if isinstance(config.activation, JumpReLU):
+        theta = window = None
+        if isinstance(sae.activation, JumpReLU):
             theta = sae.threshold.detach()[indices]  # type: ignore[union-attr]
+            window = (pre - theta).abs_() < sae.activation.bandwidth / 2
         magnitudes = pre
         if isinstance(config.activation, Gated):
             gain = sae.r_mag.detach().exp()
-            magnitudes = pre * gain[indices] + (sae.b_mag.detach() - gain * sae.b_enc.detach())[indices]
+            magnitudes = gain[indices].mul_(pre).add_((sae.b_mag.detach() - gain * sae.b_enc.detach())[indices])
         active = magnitudes > (0.0 if theta is None else theta)
-        codes = magnitudes * active
+        codes = magnitudes.mul_(active)  # there are many: what can be is done in place
 
         groups = len(self.widths) or 1
         offsets = pad((counts if groups == 1 else _counts_by_group(indices, counts, self.widths)).cumsum(0), (1, 0))
-        scales = x.new_full((groups,), 2 / (n * groups))
-        residual = scratch("residual", x.shape) if len(latents) else None
+        scales = centred.new_full((groups,), 2 / (n * groups))
+        residual = scratch("residual", centred.shape) if len(latents) else None
         # The output's gradient takes the memory of the products, which selection is done with.
+        room, gate = scratch("products", (n * groups, d)), None
+        if isinstance(config.activation, Gated):
+            # The gate reconstructs by itself, with the decoder frozen: its output's gradient is not used.
+            rows, scale = pad(counts.cumsum(0), (1, 0)), centred.new_full((1,), 2 / n)
+            gate = cpu.squared_error_rows(indices, pre, rows, scale, W_dec, no_bias, centred, None, room[:n])
         errors, grad, code_grad = cpu.squared_error_rows(
-            indices, codes, offsets, scales, W_dec, b_dec, x, residual, scratch("products", (n * groups, d))
+            indices, codes, offsets, scales, W_dec, no_bias, centred, residual, room
         )
         loss, l0 = kernels.ordered_sum(errors) / (n * groups), active.sum()
 
         own: dict[str, Tensor] = {}  # gradients of the activation function's parameters
-        gate_grad = along = None
+        along = None
         penalised, penalised_grad = codes, code_grad
-        if isinstance(config.activation, Gated):
-            # The gate reconstructs by itself, with the decoder frozen.
-            rows = pad(counts.cumsum(0), (1, 0))
-            scale, room = x.new_full((1,), 2 / n), scratch("gate", x.shape)
-            gate = cpu.squared_error_rows(indices, pre, rows, scale, W_dec, b_dec, x, None, room)
+        if gate is not None:
             loss = loss + kernels.ordered_sum(gate.errors) / n
-            through = code_grad * active
-            own["b_mag"] = _by_latent(indices, through, m)
-            through *= gain[indices]
-            own["r_mag"] = _by_latent(indices, through * (pre - sae.b_enc.detach()[indices]), m)
+            code_grad *= active
+            own["b_mag"] = _by_latent(indices, code_grad, m)
+            code_grad *= gain[indices]
+            own["r_mag"] = _by_latent(indices, (-sae.b_enc.detach())[indices].add_(pre).mul_(code_grad), m)
             penalised, penalised_grad = pre, gate.code_grad
-            gate_grad = penalised_grad
         if isinstance(config.sparsity_term, L1):
             norms, sums = W_dec.norm(dim=1), _by_latent(indices, penalised, m)
             loss = loss + penalty / n * kernels.ordered_sum(sums * norms)
-            penalised_grad += penalty / n * norms[indices]
+            penalised_grad += (penalty / n * norms)[indices]
             along = penalty / n * sums / norms.clamp(min=torch.finfo(norms.dtype).tiny)
         if isinstance(sae.activation, JumpReLU):
             assert theta is not None
-            towards = -code_grad * theta
+            assert window is not None
+            towards = theta.mul_(code_grad).neg_()
             if isinstance(config.sparsity_term, TargetL0):
                 target = config.sparsity_term.l0
                 value, slope = TargetL0.of(l0 / n / target - 1)
                 loss = loss + penalty * value
                 towards -= penalty * slope / (target * n)
-            window = ((pre - theta).abs() < sae.activation.bandwidth / 2) / sae.activation.bandwidth
-            own["threshold"] = _by_latent(indices, towards * window, m)
+            own["threshold"] = _by_latent(indices, towards.mul_(window).div_(sae.activation.bandwidth), m)
 
         aux = None
         if residual is not None:
             aux = auxk_gradients(sae, config.auxk.coefficient, residual, centred, latents, self.k_aux, low)
             loss = loss + aux.loss
-        pre_grad = code_grad * active if gate_grad is None else through + gate_grad
+        pre_grad = code_grad.mul_(active) if gate is None else code_grad.add_(gate.code_grad)
         grads, squares = self._weight_gradients(indices, offsets, codes, pre_grad, grad, centred, aux, along)
         sums_of_pre = _by_latent(indices, pre_grad, m)
         # A gate's bias is taken out of the magnitudes again.
-        b_enc_grad = sums_of_pre.clone() if gate_grad is None else _by_latent(indices, gate_grad, m)
+        b_enc_grad = sums_of_pre.clone() if gate is None else _by_latent(indices, gate.code_grad, m)
         if aux is not None:
             sums_of_pre[latents] += aux.b_enc
             b_enc_grad[latents] += aux.b_enc
@@ -186,8 +188,7 @@ class Fused:
         grads["b_dec"] = cpu.sum_rows(grad.view(n, groups, d)[:, 0]) - cpu.sum_rows(sae.W_enc.detach().T, sums_of_pre)
         grads |= own
         squares = squares + squares_of(grads)
-        fired = active.new_zeros(m)
-        fired[indices[active]] = True
+        fired = _by_latent(indices, active, m)
         smallest = None
         if isinstance(config.activation, BatchTopK):
             smallest = codes[active].min() if bool(active.any()) else None

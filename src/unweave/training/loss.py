@@ -26,6 +26,7 @@ from unweave.objectives import (
 from unweave.objectives.schedules import factor_of, scheduled
 from unweave.sae import Gated, TemporalSAE, ops
 from unweave.sae.codes import Codes
+from unweave.training.dead import dead_latents, revives
 
 if TYPE_CHECKING:
     from unweave.training.trainee import Trainee
@@ -48,13 +49,13 @@ def training_loss(
     config, sae, y = trainee.config, trainee.sae, x if target is None else target
     signed = config.activation.signed
     if isinstance(sae, TemporalSAE):
-        x, constant = sae.split_input(x)
+        x, constant = trainee.split_input(x)
     else:
         constant = sae.constant(x)
-    step, steps, dead = trainee.step_count, trainee.steps, trainee.dead
-    n_dead = int(dead.sum()) if trainee.k_aux or config.ghost or config.pre_act else 0
+    step, steps = trainee.step_count, trainee.steps
+    dead = dead_latents(trainee) if revives(trainee) else None
     k = None if config.k_schedule is None else config.k_schedule(config.activation.k, step, steps)  # type: ignore[attr-defined]
-    pre, codes, aux, extra = sae.training_codes(x, dead if n_dead else None, trainee.k_aux, trainee.k_multi, k)
+    pre, codes, aux, extra = sae.training_codes(x, dead, trainee.k_aux, trainee.k_multi, k)
     weights, widths = error_weights(config.error, y), trainee.widths
     if isinstance(config.matryoshka, RandomMatryoshka):
         widths = config.matryoshka.draw(config.d_sae, trainee.draws())
@@ -72,14 +73,13 @@ def training_loss(
         loss = loss + wider.coefficient * multi_topk_error(extra, sae.W_dec, x_hat, y, weights, signed)
     if trainee.sparsity.terms:
         loss = loss + trainee.sparsity(pre, penalised, sae, step, sparsity_scale)
-    if aux is not None:
+    if aux is not None and dead is not None:
         auxk = scheduled(config.auxk, step, steps)
-        loss = loss + auxk.coefficient * auxk_loss(aux, sae.decoders, y - x_hat, n_dead, trainee.k_aux, signed)
-    if n_dead and (config.ghost or config.pre_act):
-        latents = dead.nonzero().flatten()
+        loss = loss + auxk.coefficient * auxk_loss(aux, sae.decoders, y - x_hat, len(dead), trainee.k_aux, signed)
+    if dead is not None and len(dead) and (config.ghost or config.pre_act):
         pre_act = config.pre_act and scheduled(config.pre_act, step, steps)
         ghost = config.ghost and scheduled(config.ghost, step, steps)
-        for read, own in sae.by_input(x, latents):
+        for read, own in sae.by_input(x, dead):
             loss = loss + dead_latents_loss(sae, own, read, y - x_hat, pre_act, ghost)
     if config.reanimation:
         coefficient = config.reanimation.coefficient_for(sae.d_out)

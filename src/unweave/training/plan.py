@@ -13,11 +13,12 @@ import torch
 from unweave._errors import UnweaveError
 from unweave.activations import ActivationStream, StreamCost
 from unweave.activations.limits import free_disk
-from unweave.kernels.scratch import scratch_bytes
+from unweave.kernels.scratch import scratch_bytes, scratch_sizes
 from unweave.models import Meter
 from unweave.models.meter import typical_seconds
 from unweave.training.buffers import Buffer, check_memory, peak, size
 from unweave.training.config import TrainConfig
+from unweave.training.dead import revives
 from unweave.training.harvest import runs_ahead
 from unweave.training.sites import Site
 from unweave.training.trainee import Trainee
@@ -123,7 +124,9 @@ class Plan:
             parts = [b for b in self.buffers if b.device == device and b.bytes]
             lasting = ", ".join(f"{b.name} {size(b.bytes)}" for b in parts if b.lasting)
             passing = ", ".join(f"{b.name} {size(b.bytes)}" for b in parts if not b.lasting)
-            lines.append(f"memory on {device} {size(total)}: {lasting}; the largest of {passing or 'nothing else'}")
+            lines.append(f"memory on {device} {size(total)}: {lasting}")
+            if passing:
+                lines.append(f"  and the largest of {passing}")
         if self.out is not None:
             lines.append(f"disk {size(self.disk_bytes)} at most, in {self.out}")
         return "\n      ".join(lines)
@@ -214,17 +217,20 @@ def with_steps(
     least = [16 * sae.d_sae * sum(sum(w.values()) for w in site.widths_of(cost.widths)) for sae, site in wanted]
     check_memory([*buffers, Buffer("weights, gradients and moments", sum(least), at, lower="d_sae")], at)
     steps, step_seconds, lasting, step, start = -(-config.tokens // config.batch_size), 0.0, 0, 0, 0
-    weights, reviving, reused = 0, 0, scratch_bytes()
+    weights, reviving = 0, 0
     for sae, site in wanted:
         n = min(CALIBRATION_TOKENS, config.ring_size)
         dtypes = {name: cost.dtypes[name] for name in cost.widths}
         sample = {h: torch.randn(n, w, device=device).to(dtypes[h]) for h, w in cost.widths.items()}
+        there = scratch_sizes()
         with Meter() as building:
             trainee = make(sae, site, sample, steps=steps, tokens=config.tokens, seed=0)
         batch = {name: x[: config.batch_size] for name, x in sample.items()}
         with Meter() as first:
             trainee.step(*site.rows(batch))
-        held, reused = building.live + first.live - (scratch_bytes() - reused), scratch_bytes()
+        # What steps reuse is not theirs; of what grew, all is new, and where it was smaller before is not in the count.
+        made = sum(n for name, n in scratch_sizes().items() if there.get(name) != n)
+        held = building.live + first.live - made
         with Meter() as second:
             trainee.step(*site.rows(batch))
         step_seconds += typical_seconds(partial(step_once, trainee, site, batch))
@@ -232,6 +238,13 @@ def with_steps(
         step = max(step, first.peak - first.live, second.peak)
         if trainee.fused is not None and (more := trainee.fused.revival_bytes(config.batch_size, sae.d_sae // 2)):
             reviving = max(reviving, second.peak + more)
+        elif trainee.fused is None and revives(trainee):
+            some = config.batch_size * (sae.d_sae // 2) * 2 * 4  # pre-activations and their gradients
+            check_memory([*buffers, Buffer("step if half the latents die", some, at, lasting=False, lower="d_sae")], at)
+            trainee.tokens_since_fired[: sae.d_sae // 2] = trainee.dead_after
+            with Meter() as third:
+                trainee.step(*site.rows(batch))
+            reviving = max(reviving, third.peak)
         lasting += held
         weights = max(weights, sum(p.nbytes for p in trainee.sae.parameters()))
         del trainee, sample, batch
@@ -244,7 +257,7 @@ def with_steps(
         Buffer("saving", weights, at, lasting=False),
     ]
     if device.type == "cpu":  # all SAEs use the same memory in their steps, and it stays when a run has ended
-        buffers.append(Buffer("reused", reused, at, present=True, lower="d_sae"))
+        buffers.append(Buffer("reused", scratch_bytes(), at, present=True, lower="d_sae"))
     checkpoint = (config.ring_size * per_token if ring_bytes is None else ring_bytes) + lasting
     return Plan(
         tokens=config.tokens,

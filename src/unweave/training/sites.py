@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -66,10 +66,12 @@ class Site:
         """Width at each input, and at each target."""
         return self.widths_of({name: x.shape[1] for name, x in batch.items()})
 
-    def side_by_side(self, batch: Mapping[str, Float[Tensor, "n d"]]) -> tuple[dict[str, int] | None, ...]:
-        """The same, for inputs and for targets; None where no hooks lie side by side."""
-        inputs, targets = self.widths(batch)
-        return (inputs if len(inputs) > 1 else None), (targets if len(targets) > 1 else None)
+    def sample(self, batch: Mapping[str, Float[Tensor, "n d"]]) -> dict[str, Any]:
+        """A batch as the arguments of a trainee: `sample`, `target`, and the `widths` and `target_widths` of several
+        hooks; None where no hooks lie side by side."""
+        (x, y), widths = self.rows(batch), self.widths(batch)
+        inputs, targets = (each if len(each) > 1 else None for each in widths)
+        return {"sample": x, "target": y, "widths": inputs, "target_widths": targets}
 
     def widths_of(self, widths: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
         """Those widths that are at its inputs, and at its targets."""

@@ -1,8 +1,9 @@
-"""A run against the model itself: its batches are clean passes over rows of text, in the order of the text.
+"""A run beside the model itself: its batches are clean passes over rows of text, in the order of the text.
 
     rows of text -> clean pass -> activations at the hooks -> a step of each coder -> the next rows
 
-The model is frozen. What a step does with a pass is in `unweave.training.end_to_end`.
+The model is frozen. What a step against the model does with a pass is in `unweave.training.end_to_end`; that of a
+temporal SAE's decoder, which is trained on its error but reads whole rows, in `unweave.training.temporal_tuning`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from unweave._errors import UnweaveError
 from unweave.activations import TokenBatch
 from unweave.activations.masks import Masks, lengths_of
-from unweave.models import Hook, Meter, dtype_of, splice
+from unweave.models import Hook, Meter, capture, dtype_of, splice
 from unweave.models.meter import typical_seconds
 from unweave.sae import SAE
 from unweave.training.buffers import Buffer
@@ -32,6 +33,7 @@ from unweave.training.further import as_trained, holding, settings_of
 from unweave.training.plan import Plan, step_once
 from unweave.training.session import Session
 from unweave.training.sites import Site
+from unweave.training.temporal_tuning import Sequences, TemporalTuning
 from unweave.training.trainee import Trainee
 
 _MAX_EMPTY_PASSES = 64
@@ -89,9 +91,13 @@ class SplicedSession(Session):
             return lambda activation: seen.setdefault(hook, activation)
 
         ids, inputs = batch.inputs(self.model.device)
-        with splice(self.model.module, {hook: keep(hook) for hook in hooks}):
-            logits = self.model.module(ids, **inputs).logits
-        activations = {str(hook): seen[hook] for hook in self.stream.hooks}
+        logits = None
+        if self.config.end_to_end is None:
+            activations = capture(self.model.module, self.stream.hooks, input_ids=ids, **inputs)
+        else:
+            with splice(self.model.module, {hook: keep(hook) for hook in hooks}):
+                logits = self.model.module(ids, **inputs).logits
+            activations = {str(hook): seen[hook] for hook in self.stream.hooks}
         for name, activation in activations.items():
             if activation.shape[:2] != ids.shape or activation.ndim != 3:
                 raise UnweaveError(f"the hook {name!r} has no one vector for each token.")
@@ -109,7 +115,13 @@ class SplicedSession(Session):
     def _trainee(
         self, config: SAEConfig, site: Site, sample: Mapping[str, Tensor], *, steps: int, tokens: int, seed: int
     ) -> Trainee:
-        (x, target), (widths, targets) = site.rows(sample), site.side_by_side(sample)
+        """A coder that reads the passes, fresh or further."""
+        made = site.sample(sample)
+        if self.start is not None and (method := self.config.start.method) is not None:  # type: ignore[union-attr]
+            tuning = TemporalTuning(self.start, method, config, **made, steps=steps, tokens=tokens)
+            tuning.read = partial(self._sequences, site)
+            return tuning
+        x = made["sample"]
         start = None if self.start is None else as_trained(self.start).to(x.device)
         if self.start is not None and start is not None:
             assert self.config.start is not None
@@ -119,12 +131,15 @@ class SplicedSession(Session):
                     factor = scale_of(x)
                     assert isinstance(factor, float)
                     config = replace(config, activation=config.activation.rescaled(factor))
-        trainee = SplicedTrainee(
-            config, x, steps=steps, tokens=tokens, seed=seed, start=start, target=target, widths=widths,
-            target_widths=targets,
-        )  # fmt: skip
+        trainee = SplicedTrainee(config, **made, steps=steps, tokens=tokens, seed=seed, start=start)
         trainee.attach(self, site)
         return trainee
+
+    def _sequences(self, site: Site, n: int) -> Sequences:
+        """The current pass at a site of one hook, and its first tokens that count."""
+        assert self.current is not None
+        (hook,) = site.inputs
+        return self.current.activations[hook], self.current.first(n)
 
     def plan(self, seconds: float = 0.0) -> Plan:
         """Steps, bytes and time, measured on some passes (for `seconds`, at least) and steps of each SAE."""
@@ -170,7 +185,7 @@ class SplicedSession(Session):
             background=False,
             steps=steps,
             widths={name: x.shape[1] for name, x in self.sample[0].items()},
-            saes=[f"{sae}, end to end" for sae in self.config.saes],
+            saes=[f"{sae}, end to end" if self.config.end_to_end else str(sae) for sae in self.config.saes],
             harvest_rate=rate,
             step_seconds=step_seconds,
             kept=self.kept,

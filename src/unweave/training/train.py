@@ -16,11 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from unweave._errors import UnweaveError
 from unweave._files import remove_folder, remove_leftovers
 from unweave.activations.limits import trim_memory
 from unweave.models import LoadedModel, load_model, resolve_hooks
-from unweave.sae import SAE
+from unweave.sae import SAE, TemporalSAE
 from unweave.training.cached import CachedSession, cached_data
 from unweave.training.checkpoint import load_checkpoint, save_checkpoint
 from unweave.training.config import TrainConfig
@@ -72,6 +74,8 @@ def prepare(
     if (cached := cached_data(config.data if data is None else data)) is not None:
         if config.end_to_end is not None:
             raise UnweaveError("an end-to-end loss runs the model on text, and a cache holds activations alone.")
+        if isinstance(start, TemporalSAE):
+            raise UnweaveError("a temporal SAE reads whole rows of text, and of a cache's rows tokens are left out.")
         from_cache = CachedSession.of(config, cached, model)
         if start is not None:
             (named,) = from_cache.sites
@@ -79,6 +83,7 @@ def prepare(
             from_cache.sites = [[site_of_start(start, named, from_cache.store.widths, made_with)]]
             from_cache.make = tuning_of(start, config)
         return from_cache
+    check_place(model, config)
     loaded = (
         model
         if isinstance(model, LoadedModel)
@@ -93,6 +98,8 @@ def prepare(
     if config.end_to_end is not None:
         spliced = [hook for group in sites for site in group for hook in site.targets or site.inputs]
         check_end_to_end(config, loaded, spliced)
+    elif isinstance(start, TemporalSAE) and loaded.tokenizer is None:
+        raise UnweaveError(f"a temporal SAE reads rows of text, and the model {loaded.name!r} has no tokenizer.")
     data = config.data if data is None else data
     if loaded.vision is None:
         config = replace(config, text=as_tokenized(data, config.text))
@@ -102,12 +109,28 @@ def prepare(
         _check_held_out(data, loaded, config)
     read = resolve_hooks(loaded.module, list(dict.fromkeys([*hooks, *targets])))
     stream = live_stream(config, loaded, read, rows)
-    if config.end_to_end is not None:
+    if config.end_to_end is not None or isinstance(start, TemporalSAE):
         return SplicedSession(config, loaded, sites, rows, stream, data, start=start)
     session = Session(config, loaded, sites, rows, stream, data)
     if start is not None:
         session.make = tuning_of(start, config)
     return session
+
+
+def check_place(model: Any, config: TrainConfig) -> None:
+    """A loaded model stays where it is.
+
+    Raises:
+        UnweaveError: `model_device` is another place.
+    """
+    if config.model_device is None or not isinstance(model, LoadedModel):
+        return
+    wanted, there = torch.device(config.model_device), model.device
+    if wanted.type != there.type or wanted.index not in (None, there.index):
+        raise UnweaveError(
+            f"model_device={config.model_device!r}, and the model that was given is on {str(there)!r}: move it there, "
+            "or leave model_device out."
+        )
 
 
 def _check_held_out(data: Any, model: LoadedModel, config: TrainConfig) -> None:

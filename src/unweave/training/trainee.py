@@ -6,9 +6,10 @@ arguments of the step they act on, and everything that a later step depends on i
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -18,18 +19,11 @@ from torch import Tensor
 from unweave import kernels
 from unweave._errors import UnweaveError
 from unweave.objectives import Matryoshka
-from unweave.sae import (
-    SAE,
-    ArchetypalDictionary,
-    Normalization,
-    TemporalSAE,
-    fold_decoder_norms,
-    fold_input_scale,
-    fold_normalization,
-)
+from unweave.sae import SAE, ArchetypalDictionary, Normalization, TemporalSAE
 from unweave.training.config import SAEConfig
+from unweave.training.dead import read_norm, state_of
 from unweave.training.dictionary import archetypal_atoms, hand_over, renew
-from unweave.training.fresh import check_start, fresh_coder, scale_of
+from unweave.training.fresh import fresh_coder, scale_of, take_over
 from unweave.training.fused import Fused, supports
 from unweave.training.log_threshold import as_logarithm, step_in_log
 from unweave.training.loss import training_loss
@@ -91,9 +85,6 @@ class Trainee:
     ) -> None:
         self.config, self.steps, self.step_count, self.seed = config, steps, 0, seed
         self.threshold_batches = 0
-        if config.temporal is not None and tokens % config.temporal.context:
-            context = config.temporal.context
-            raise UnweaveError(f"{tokens:,} tokens are no whole number of a temporal SAE's sequences of {context}.")
         self.scale = scale_of(sample, widths)
         """What inputs are multiplied by; 1 where every token has its own factor."""
         self.normalization = None if config.normalize == "scalar" else Normalization.fit(config.normalize, sample)
@@ -109,27 +100,11 @@ class Trainee:
         if isinstance(config.dictionary, ArchetypalDictionary):
             self.atoms = archetypal_atoms(config.dictionary, sae, shown * scale, generator)
         if start is not None:
-            check_start(start, sae)
-            if self.atoms is not None:
-                raise UnweaveError("an archetypal dictionary starts from data points, not from an SAE that has atoms.")
-            if start.per_token != (self.normalization and self.normalization.per_token):
-                raise UnweaveError(f"the SAE to start from has per_token={start.per_token}, not {config.normalize}.")
-            sae.load_state_dict(start.state_dict())
-            if isinstance(start, TemporalSAE):
-                self.scale = start.scale
-            elif self.normalization is None:
-                fold_input_scale(sae, 1 / self.scale, None if self.target_scale is None else 1 / self.target_scale)
-            elif self.normalization.mean is not None:
-                fold_normalization(sae, self.normalization.to(sae.device).reversed())
-            folds = sae.activation.scales and config.temporal is None
-            if folds and config.unit_norm != "keep" and (config.decoder_is_unit or not sae.activation.needs_unit_norm):
-                fold_decoder_norms(sae)
-            sae.activation = config.activation  # a pursuit's threshold is in units of training already
-        d = sae.d_out
+            self.scale = take_over(start, sae, config, self.scale, self.target_scale, self.normalization)
         self.sae = sae.to(sample.device)
         self.dead_after = config.dead_after or min(MAX_DEAD_AFTER, max(tokens // 10, 1))
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sample.device)
-        self.k_aux = config.auxk.k_for(d) if config.auxk.coefficient > 0 else 0
+        self.k_aux = config.auxk.k_for(sae.d_out) if config.auxk.coefficient > 0 else 0
         fixed = config.matryoshka if isinstance(config.matryoshka, Matryoshka) else None
         self.widths = () if fixed is None else fixed.widths_for(config.d_sae)
         self.k_multi = 0
@@ -149,9 +124,11 @@ class Trainee:
         self.fused = Fused(self.sae, config, self.widths, self.k_aux) if fuses else None
         self._screen: kernels.Screen | None = None
         self._screen_of = (0, 0)
+        self.dead_counted: tuple[int, int, int] | None = None
+        """How many latents are dead, and the state of `tokens_since_fired` that this holds for."""
         self.lr = config.learning_rate
         """Learning rate of the last step."""
-        self.sparsity = Sparsity(config, d, steps)
+        self.sparsity = Sparsity(config, sae.d_out, steps)
 
     @property
     def penalty(self) -> float:
@@ -168,6 +145,11 @@ class Trainee:
     ) -> tuple[Tensor, Tensor, Any]:
         """Loss, reconstruction and codes of a batch at the scale of training."""
         return training_loss(self, x, sparsity_scale, target)
+
+    def split_input(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_in"]]:
+        """Of a temporal SAE, what is left of its inputs to encode, and what the output is without novel codes."""
+        assert isinstance(self.sae, TemporalSAE)
+        return self.sae.split_input(x)
 
     def _autograd(self, x: Float[Tensor, "n d_in"], sparsity_scale: float, target: Tensor | None = None) -> Step:
         """Loss and gradients of any objective."""
@@ -199,8 +181,7 @@ class Trainee:
         config, sae = self.config, self.sae
         if len(x) == 0:
             raise UnweaveError("a training step needs at least one token, and the batch is empty.")
-        x = x.detach().to(sae.dtype)
-        x = x * self.scale if self.normalization is None else self.normalization(x)
+        raw, x = x, self._scaled(x)
         if self.target_scale is not None and target is not None:
             target = target.detach().to(sae.dtype) * self.target_scale
         sparsity_scale = warmup_factor(self.step_count, self.steps, config.sparsity_warmup)
@@ -208,19 +189,20 @@ class Trainee:
         made = None
         if self.fused is not None:
             penalty = self.sparsity.scaled(self.step_count, sparsity_scale)
-            with suppress(kernels.TooDense):
-                made = self.fused(x, self.dead, penalty, self._current_screen())
+            try:
+                made = self.fused(x, self.dead, penalty, self._current_screen())  # x is centred there
+            except kernels.TooDense:
+                x = self._scaled(raw)
         if made is None:
             made = self._autograd(x, sparsity_scale, target)
         log_threshold = getattr(config.activation, "log_threshold", False)
         if log_threshold:
             made = step_in_log(made, sae.threshold)  # type: ignore[arg-type]
         grad_norm = made.squares.sqrt().to(torch.float32)
-        if not grad_norm.isfinite():
+        norm, n_dead = read_norm(self, grad_norm, made.fired, len(x))
+        if not math.isfinite(norm):
             raise UnweaveError(f"the gradient of step {self.step_count} is NaN or infinite: try a lower learning rate.")
-        clip = 1.0
-        if config.grad_clip:
-            clip = min(1.0, config.grad_clip * sae.d_out / (float(grad_norm) + 1e-6))
+        clip = min(1.0, config.grad_clip * sae.d_out / (norm + 1e-6)) if config.grad_clip else 1.0
         factor = learning_rate_factor(self.step_count, self.steps, config.warmup, config.decay)
         self.lr = config.learning_rate * factor
         rates = {name: rate * factor for name, rate in self.rates.items()}
@@ -235,39 +217,42 @@ class Trainee:
                 screen=None if self.fused is None else ("W_enc", config.precision),
                 instead_of=self._screen,
             )
-        self._screen_of = self._state_of_encoder()
+        self._screen_of = state_of(sae.W_enc)
         if self.atoms is not None:
             renew(self.atoms, sae)
         with torch.no_grad():
             if isinstance(sae.threshold, torch.nn.Parameter):
                 sae.threshold.clamp_(min=0)
             self._track(made, len(x))
+            self.dead_counted = None if n_dead is None else (n_dead, *state_of(self.tokens_since_fired))
         self.sparsity.observe(made.l0 / len(x), self.step_count)
         if config.resampling is not None and config.resampling.due(self.step_count, self.steps):
-            replaced = resample(sae, self.optimizer, self.dead, x, config.resampling, self.draws())
+            replaced = resample(sae, self.optimizer, self.dead, self._scaled(raw), config.resampling, self.draws())
             self.tokens_since_fired[replaced] = 0
         self.step_count += 1
-        n = torch.tensor(float(len(x)), device=x.device)
-        y = x if target is None else target
+        n = torch.full((), float(len(x)), device=x.device)
+        y = x if target is None else target  # centred or not, it varies as much
         variance = kernels.squared_norm(torch.sub(y, y.mean(0), out=y))  # not used again
         return StepSums(n, made.squared_error, variance, made.l0, made.loss * n, grad_norm * n)
+
+    def _scaled(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+        """Activations at the scale of training, in memory of their own."""
+        x = x.detach().to(self.sae.dtype)
+        return x * self.scale if self.normalization is None else self.normalization(x)
 
     def draws(self) -> torch.Generator:
         """The random numbers of a step: a function of seed and step alone, so that a resumed run draws alike."""
         # Of a seed, torch's CPU generator takes 32 bits.
         return torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {self.step_count}".encode()))
 
-    def _state_of_encoder(self) -> tuple[int, int]:
-        return self.sae.W_enc._version, self.sae.W_enc.data_ptr()
-
     def _current_screen(self) -> kernels.Screen | None:
         """What the last update made for this step, unless the encoder was changed in between."""
-        return self._screen if self._screen_of == self._state_of_encoder() else None
+        return self._screen if self._screen_of == state_of(self.sae.W_enc) else None
 
     def _track(self, made: Step, n: int) -> None:
         """Count the tokens since each latent fired; estimate BatchTopK's inference threshold (bias-corrected mean)."""
         self.tokens_since_fired += n
-        self.tokens_since_fired[made.fired] = 0
+        self.tokens_since_fired.masked_fill_(made.fired, 0)
         if made.smallest is not None and (threshold := self.sae.threshold) is not None:
             self.threshold_batches += 1  # those in which nothing fires say nothing, and do not count
             share = (1 - _EMA) / (1 - _EMA**self.threshold_batches)
@@ -307,7 +292,7 @@ class Trainee:
         self.optimizer.load_state_dict(state["optimizer"], self.step_count)
         self.sparsity.load_state_dict(state["sparsity"], self.step_count)
         set_window(self, state["bandwidth"])
-        self._screen = None  # of the weights before
+        self._screen = self.dead_counted = None  # of the weights before
         if self.fused is not None:
             self.fused.dense = bool(state.get("dense"))
 

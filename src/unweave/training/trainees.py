@@ -8,6 +8,7 @@ from typing import Protocol
 from jaxtyping import Float
 from torch import Tensor
 
+from unweave._errors import UnweaveError
 from unweave.training.config import SAEConfig
 from unweave.training.sites import Site
 from unweave.training.trainee import Trainee
@@ -37,12 +38,15 @@ def new_trainee(
     tokens: int,
     seed: int,
 ) -> Trainee:
-    """One fresh coder at one site."""
-    x, target = site.rows(sample)
-    widths, targets = site.side_by_side(sample)
-    return Trainee(
-        config, x, steps=steps, tokens=tokens, seed=seed, target=target, widths=widths, target_widths=targets
-    )
+    """One fresh coder at one site.
+
+    Raises:
+        UnweaveError: If the run ends within a temporal SAE's sequence, or the sample cannot be trained on.
+    """
+    if config.temporal is not None and tokens % config.temporal.context:
+        context = config.temporal.context
+        raise UnweaveError(f"{tokens:,} tokens are no whole number of a temporal SAE's sequences of {context}.")
+    return Trainee(config, **site.sample(sample), steps=steps, tokens=tokens, seed=seed)
 
 
 def trainees_at(

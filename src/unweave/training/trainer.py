@@ -27,10 +27,11 @@ from unweave._errors import UnweaveError
 from unweave._files import atomic_path
 from unweave.objectives import QuadraticL0, TargetL0
 from unweave.training.checkpoint import save_checkpoint
+from unweave.training.decoder_tuning import DecoderTuning
 from unweave.training.progress import Progress
 from unweave.training.sites import Site
 from unweave.training.trainee import StepSums, Trainee
-from unweave.training.watch import outlier_dimension, warnings_for
+from unweave.training.watch import may_whiten, outlier_dimension, warnings_for
 
 LOG_EVERY = 25
 """Steps between two logged rows."""
@@ -140,8 +141,8 @@ def fit(
                 _check_batch(x, trainees[0].sae.d_in, hook, run.step)
                 if y is not None:
                     _check_batch(y, trainees[0].sae.d_out, hook, run.step)
-                if run.step == 0 and any(t.config.normalize != "whiten" for t in trainees):
-                    _warn_of_outliers(x * trainees[0].scale, hook, bar)  # hooks side by side have one scale each
+                if run.step == 0:
+                    _warn_of_outliers(x * trainees[0].scale, hook, trainees, bar)  # hooks side by side have one each
                 if run.keep_recent:
                     run.recent[hook] = [*run.recent.get(hook, []), x.detach()][-run.keep_recent :]
                 steps = [trainee.step(x, y) for trainee in trainees]
@@ -221,8 +222,10 @@ def _warn(run: Run, row: dict[str, Any], warned: set[str], bar: Progress) -> Non
             bar.say(f"warning: {message} ({run.trainees[row['hook']][row['sae']].config})")
 
 
-def _warn_of_outliers(x: Tensor, hook: str, bar: Progress) -> None:
-    if message := outlier_dimension(x):
+def _warn_of_outliers(x: Tensor, hook: str, trainees: list[Trainee], bar: Progress) -> None:
+    # No latent dies of a decoder that is fine-tuned.
+    concerned = [t.config for t in trainees if t.config.normalize != "whiten" and not isinstance(t, DecoderTuning)]
+    if concerned and (message := outlier_dimension(x, whitens=any(map(may_whiten, concerned)))):
         bar.say(f"warning: {message} ({hook})" if hook else f"warning: {message}")
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
+
+from unweave._errors import UnweaveError
+from unweave.training.config import SAEConfig
 
 Row = dict[str, Any]
 
@@ -14,12 +18,16 @@ _MOST_IN_ONE, _LEAST = 0.5, 16
 """Share of the variance that one dimension may hold; and rows and dimensions below which that says nothing."""
 
 
-def outlier_dimension(x: Float[Tensor, "n d"]) -> str | None:
+def outlier_dimension(x: Float[Tensor, "n d"], *, whitens: bool) -> str | None:
     """What to know of activations whose variance is mostly in one dimension; None of all others.
 
     Latents then serve that dimension or die, which the explained variance of all dimensions together does not show: in
     a world of 128 features in 32 dimensions, with 97 % of the variance in one, a third of the latents died, and of the
     others' variance 0.23 was explained in place of 0.63. With whitening it was 0.57 whatever the outlier.
+
+    Args:
+        x: Activations, centred or not.
+        whitens: Whether what is trained on them could take them whitened.
     """
     if min(x.shape) < _LEAST:
         return None
@@ -30,10 +38,20 @@ def outlier_dimension(x: Float[Tensor, "n d"]) -> str | None:
     if not share > _MOST_IN_ONE:  # of equal rows it is NaN
         return None
     kurtosis = centred[:, i].pow(4).mean() / variance[i].square()
+    whiten = "normalize='whiten', or " if whitens else ""
     return (
         f"dimension {int(i)} holds {float(share):.0%} of the variance (its kurtosis is {float(kurtosis):.3g}, and 3 is "
-        "normal), so latents serve it or die: try normalize='whiten', or the output of the norm that comes next"
+        f"normal), so latents serve it or die: try {whiten}the output of the norm that comes next"
     )
+
+
+def may_whiten(config: SAEConfig) -> bool:
+    """Whether the same SAE can be trained on whitened activations."""
+    try:
+        replace(config, normalize="whiten")
+    except UnweaveError:
+        return False
+    return True
 
 
 def warnings_for(history: Sequence[Row]) -> list[str]:
