@@ -74,7 +74,7 @@ def contestants(
     def ours(n: int) -> Contestant:
         def run(_: object) -> None:
             shutil.rmtree(scratch / "ours", ignore_errors=True)
-            tokenize(data, scratch / "ours", tokenizer=name, processes=n)
+            tokenize(data, scratch / "ours", tokenizer=tokenizer, processes=n)
 
         return run
 
@@ -109,52 +109,68 @@ def sae_lens_runner(tokenizer: str, data: Path, scratch: Path) -> Contestant:
     return run
 
 
-def medians(timed: dict[str, Contestant], rounds: int) -> dict[str, tuple[float, float]]:
-    """Median wall and CPU seconds (of all threads of this process) of each contestant, which take turns."""
-    wall: dict[str, list[float]] = {name: [] for name in timed}
-    cpu: dict[str, list[float]] = {name: [] for name in timed}
+def rounds_of(timed: dict[str, Contestant], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Wall and CPU seconds (of all threads of this process) of each contestant, by round, after one to warm up."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in timed}
     for i in range(rounds + 1):
-        for name, function in timed.items():
-            started = time.process_time()
+        for name in list(timed) if i % 2 else reversed(timed):
+            function, started = timed[name], time.process_time()
             seconds = measure.seconds(lambda function=function: function(None))  # type: ignore[misc]
             if i:
-                wall[name].append(seconds)
-                cpu[name].append(time.process_time() - started)
-    return {name: (statistics.median(wall[name]), statistics.median(cpu[name])) for name in timed}
+                times[name].append((seconds, time.process_time() - started))
+    return times
+
+
+def median_ratio(
+    times: list[tuple[float, float]], alone: list[tuple[float, float]], which: int
+) -> tuple[float, float, float]:
+    """How many times as long as the bare tokenizer in the same round: median, least and most."""
+    ratios = [mine[which] / bare[which] for mine, bare in zip(times, alone, strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", choices=["demo", "gpt2"], help="one of the two tokenizers; by default both")
     parser.add_argument("--processes", type=int, default=1, help="also time unweave with so many processes")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/tokenizing.md")
     args = parser.parse_args()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    threads = os.environ.setdefault("RAYON_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     texts = list(documents(args.megabytes * 1_000_000))
     rows: list[list[str]] = []
     with tempfile.TemporaryDirectory() as folder:
         scratch, data = Path(folder), Path(folder) / "text.jsonl"
         data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
         gpt2 = scratch / "gpt2"
-        for tokenizer, name in ((load_tokenizer(DEMO), str(DEMO)), (gpt2_like(texts, gpt2), str(gpt2))):
+        made = {"demo": lambda: (load_tokenizer(DEMO), str(DEMO)), "gpt2": lambda: (gpt2_like(texts, gpt2), str(gpt2))}
+        for tokenizer, name in (made[which]() for which in ([args.only] if args.only else made)):
             size = len(tokenizer)
             n = sum(map(len, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]))
-            times = medians(contestants(tokenizer, name, texts, data, scratch, args.processes), args.rounds)
-            alone, alone_cpu = next(iter(times.values()))
-            for contestant, (wall, cpu) in times.items():
-                cells = [f"{wall:.2f}", f"{n / wall / 1e6:.2f}", f"{wall / alone:.2f}×", f"{cpu:.2f}"]
-                rows.append([f"{size:,}", contestant, *cells, f"{cpu / alone_cpu:.2f}×"])
+            times = rounds_of(contestants(tokenizer, name, texts, data, scratch, args.processes), args.rounds)
+            alone = next(iter(times.values()))
+            for contestant, each in times.items():
+                wall, cpu = (statistics.median(column) for column in zip(*each, strict=True))
+                middle, least, most = median_ratio(each, alone, 0)
+                cells = [f"{wall:.2f}", f"{n / wall / 1e6:.2f}", f"{middle:.2f}×", f"{least:.2f} to {most:.2f}"]
+                rows.append([f"{size:,}", contestant, *cells, f"{cpu:.2f}", f"{median_ratio(each, alone, 1)[0]:.2f}×"])
     packages = ["tokenizers", "transformers", *(["sae-lens"] if find_spec("sae_lens") else [])]
     text = "\n\n".join([
         *measure.machine(packages),
         f"{sum(map(len, texts)) / 1e6:.0f} million characters in {len(texts):,} documents, rows of 128 tokens; medians "
-        f"of {args.rounds} interleaved runs. unweave and sae-lens read and write files; the first two do neither.",
+        f"of {args.rounds} interleaved runs. unweave and sae-lens read and write files; the first two do neither. "
+        f"TOKENIZERS_PARALLELISM={os.environ['TOKENIZERS_PARALLELISM']}, {threads} threads of the tokenizers library "
+        "for all of them; unweave is one process unless it says otherwise.",
         measure.table(
-            ["vocabulary", "", "s", "million tokens/s", "of the tokenizer's", "CPU s", "of the tokenizer's"], rows
+            ["vocabulary", "", "s", "million tokens/s", "of the tokenizer's s", "in single rounds", "CPU s",
+             "of the tokenizer's CPU s"], rows,
         ),
-        f"unweave may take {ALLOWED}× as long as the tokenizer alone. CPU seconds are those of all threads of the "
-        "process; they are what is left to compare where other programs keep the processor busy.",
+        f"unweave may take {ALLOWED}× as long as the tokenizer alone: the median of what it took in each round, over "
+        "what the tokenizer took in the same. The tokenizer is loaded before, except by sae-lens. "
+        "CPU seconds are those of all threads of the process; they are what is left to compare where other programs "
+        "keep the processor busy.",
     ])  # fmt: skip
     print(text)
     if args.write:

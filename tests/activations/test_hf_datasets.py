@@ -13,6 +13,7 @@ from unweave._errors import UnweaveError
 from unweave.activations import hf_datasets
 from unweave.activations.config import DataConfig
 from unweave.activations.documents import open_documents
+from unweave.activations.images import ImageConfig, open_images
 from unweave.activations.reader import DocumentReader
 
 TEXTS = [f"document number {i}" for i in range(40)]
@@ -102,6 +103,29 @@ def test_what_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf_datasets, "unreachable", lambda: None)
     with pytest.raises(UnweaveError, match=r"no local file or folder, .* Dataset 'nobody/nothing' cannot be accessed"):
         open_documents("nobody/nothing", EVERYTHING)
+
+
+def test_the_hub_says_whether_a_name_is_misspelt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dataset of the hub may be called nearly as something here; where there is none, that is what was meant."""
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wikitext-2").mkdir()
+    (tmp_path / "owner" / "pile-2").mkdir(parents=True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: dataset())
+    for name in ("wikitext", "owner/pile"):
+        assert sorted(reader(name)) == sorted(TEXTS)
+
+    def missing(name: str, *_: Any, **__: Any) -> Any:
+        raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub.")
+
+    monkeypatch.setattr(datasets, "load_dataset", missing)
+    monkeypatch.setattr(hf_datasets, "unreachable", lambda: None)
+    for name, meant in (("wikitxt", "wikitext-2"), ("owner/pyle", "owner/pile-2"), ("stdlb", "stdlib")):
+        with pytest.raises(UnweaveError, match=f"'{name}' is no local file .* on the Hub; did you mean '{meant}'"):
+            open_documents(name, EVERYTHING)
+    with pytest.raises(UnweaveError, match="did you mean 'digits'"):
+        open_images("digit", ImageConfig())
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

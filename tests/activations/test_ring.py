@@ -108,6 +108,29 @@ def test_an_empty_ring_can_be_saved() -> None:
     assert resumed.size == 0
 
 
+def test_pitfall_222_every_method_runs() -> None:
+    ring = ring_of(5)
+    ring.put(numbered(0, 4))
+    state = ring.state_dict(copy=False)
+    ran = {
+        "free": ring.free == 1, "nbytes": ring.nbytes > 0, "put": ring.put(numbered(4, 1)) is None,
+        "peek": len(ring.peek(2)["a"]) == 2, "take": len(ring.take(3)["a"]) == 3, "state_dict": "rows" in state,
+        "load_state_dict": ring.load_state_dict(ring.state_dict()) is None,
+    }  # fmt: skip
+    assert all(ran.values())
+    assert ran.keys() == {name for name in vars(ShuffleRing) if not name.startswith("_")}
+
+
+def test_pitfall_244_short_batches_take_no_new_memory() -> None:
+    ring = ring_of(64)
+    ring.put(numbered(0, 40))
+    places = {name: buffer.data_ptr() for name, buffer in ring._buffers.items()}
+    for n in (1, 17, 3, 40):
+        ring.take(min(n, ring.size))
+        ring.put(numbered(0, n))
+    assert places == {name: buffer.data_ptr() for name, buffer in ring._buffers.items()}
+
+
 def test_misuse() -> None:
     ring = ring_of(5)
     with pytest.raises(ValueError, match="cannot put"):

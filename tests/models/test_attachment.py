@@ -80,6 +80,7 @@ def test_the_place_in_the_metadata() -> None:
 
 
 def test_what_transformers_did_not_process_others_may_have() -> None:
+    """pitfall_258: processing that the SAE was trained with is recorded, and missed where it was not done."""
     processed = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
     assert notes(processed, named("tiny"), "a") == []
     assert len(notes(processed, load_model("demo"), "a")) == 1

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from unweave._errors import UnweaveError
-from unweave.models import capture, fingerprint, load, load_model, resolve_hooks
+from unweave.models import capture, checkpoints, fingerprint, load_model, resolve_hooks
 from unweave.models.load import LoadedModel
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ def test_dtype_is_as_asked_whatever_is_stored(folder: Path, gpt2: nn.Module) -> 
 
 
 def test_demo_is_the_shipped_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Path(load.__file__).parent / "demo_lm" == load.DEMO
-    monkeypatch.setattr(load, "DEMO", folder)
+    assert Path(checkpoints.__file__).parent / "demo_lm" == checkpoints.SHIPPED["demo"]
+    monkeypatch.setitem(checkpoints.SHIPPED, "demo", folder)
     loaded = load_model("demo")
     assert loaded.name == "demo"
     assert loaded.tokenizer is not None

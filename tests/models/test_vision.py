@@ -21,6 +21,7 @@ from unweave.models import (
     head_shape,
     load_model,
     process,
+    processors,
     resolve_hooks,
     tl_name,
     vision_layout,
@@ -226,6 +227,12 @@ def test_of_two_towers_the_one_that_sees_is_loaded(family: str, tmp_path: Path) 
     assert type(loaded.module).__name__ == model_class
     for name, parameter in both.vision_model.named_parameters():
         assert torch.equal(loaded.module.get_parameter(name), parameter)
+
+
+def test_without_pillow_what_to_install_is_all_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processors, "find_spec", lambda name: None)
+    with pytest.raises(UnweaveError, match=r"^models of images need Pillow: pip install 'unweave\[vision\]'\.$"):
+        load_model("demo-vit")
 
 
 def test_the_processor_is_the_one_that_needs_no_torchvision(built: dict[str, nn.Module], tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-_TOKENIZING = threading.Lock()
-"""A tokenizer that is being set up must not be in use; and while one thread unpacks its ids, another takes its turn."""
+_SETTING_UP = threading.Lock()
+"""One thread at a time sets a tokenizer up; whoever comes later finds it so, and changes nothing that is in use."""
 
 
 class Encoder:
@@ -68,18 +68,18 @@ class Encoder:
     def _encode(self, texts: list[str]) -> list[TokenIds]:
         if self._tokenizer is None:
             raise UnweaveError(f"{self._name} holds text, and there is no tokenizer to read it with.")
-        with _TOKENIZING:
-            if self._direct:
-                self._tokenizer([""], add_special_tokens=False)  # sets no truncation, no padding, and what is special
-                backend: Any = self._tokenizer.backend_tokenizer
-                fast = backend.encode_batch_fast(texts, add_special_tokens=False)
-            else:
-                encoded = self._tokenizer(
-                    texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
-                    verbose=False,
-                )  # fmt: skip
         if self._direct:
+            with _SETTING_UP:
+                self._tokenizer([""], add_special_tokens=False)  # sets no truncation, no padding, and what is special
+            backend: Any = self._tokenizer.backend_tokenizer
+            # Several threads at once: its own threads go on with one chunk while the ids of another are unpacked.
+            fast = backend.encode_batch_fast(texts, add_special_tokens=False)
             return [np.array(encoding.ids, dtype=np.int64) for encoding in fast]
+        with _SETTING_UP:
+            encoded = self._tokenizer(
+                texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
+                verbose=False,
+            )  # fmt: skip
         return [np.array(ids, dtype=np.int64) for ids in encoded["input_ids"]]
 
     def _lay_out(self, chats: list[Any]) -> list[str]:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from unweave._errors import UnweaveError, nearest
+from unweave._errors import UnweaveError, nearest, nearest_beside
 from unweave._hub import asked_once, unreachable
 from unweave.activations.config import DataConfig
 from unweave.activations.records import Document, Unreadable, choose_column, document_or_reason
@@ -67,13 +67,14 @@ def load_by_name(name: str, config: Choice) -> Any:
         with asked_once():
             return datasets.load_dataset(name, config.subset, split=config.split, streaming=config.streaming)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        beside = nearest(name, ["stdlib", "digits", *(path.name for path in Path().iterdir())])
+        # Only now, since `wikitext` may well be meant where its cache lies here as `wikitext-2`.
+        beside = nearest_beside(Path(name), ["stdlib", "digits"]) or "."
         if (away := unreachable()) is not None and isinstance(error, ConnectionError | FileNotFoundError):
             raise UnweaveError(
                 f"{name!r} is no local file or folder, it was not downloaded before, and the Hugging Face Hub cannot "
                 f"be reached {away}{beside}"
             ) from error
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).rstrip(".")
         raise UnweaveError(
             f"{name!r} is no local file or folder, and the Hugging Face hub does not give it either: {reason}{beside}"
         ) from error

@@ -1,7 +1,8 @@
 """The command line: `unweave train` and its siblings. One file per command, thin over the library.
 
 Exit status: 0 when it worked, 2 when the input was wrong (one sentence says what), 130 after Ctrl-C, 141 when
-whatever read the output stopped reading (`| head`), 1 for a bug.
+whatever read the output stopped reading (`| head`), 1 for a bug, and for output that cannot be written (one sentence
+again), such as to a disk that is full.
 """
 
 from __future__ import annotations
@@ -49,16 +50,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _reader_has_gone():
             raise
         return 141  # as a shell says of a program that SIGPIPE ended
+    except OSError as error:
+        if not _output_fails():
+            raise
+        return _fail_output(error)
 
 
 def _reader_has_gone() -> bool:
     """Whether nobody reads standard output any more; what is still to be written is then dropped."""
-    out, poll = sys.stdout.fileno(), select.poll()
-    poll.register(out, 0)  # errors are reported whatever is asked for
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are reported whatever is asked for
     if not poll.poll(0):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), out)
+    _drop_output()
     return True
+
+
+def _output_fails() -> bool:
+    """Whether standard output takes nothing, such as on a full disk; what is still to be written is then dropped."""
+    try:
+        if getattr(sys.stdout, "write_through", False):  # nothing waits to be written
+            sys.stdout.write("\n")
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
+        return True
+    return False
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -82,8 +103,12 @@ def _run(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or "stopped.", 130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR):
+        if error.errno not in (
+            errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR
+        ):  # fmt: skip
             raise
+        if error.filename is None and _output_fails():
+            return _fail_output(error)
         where = f" at {error.filename!r}" if error.filename else ""
         return _fail(f"{error.strerror}{where}; files that were being written have been removed.", 2)
     return 0
@@ -140,3 +165,7 @@ def _parsed(command: str, rest: Sequence[str]) -> Any:
 def _fail(message: str, status: int) -> int:
     print(f"unweave: {message}", file=sys.stderr)
     return status
+
+
+def _fail_output(error: OSError) -> int:
+    return _fail(f"the output cannot be written: {error.strerror}.", 1)

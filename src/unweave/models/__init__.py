@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from unweave.models.aliases import tl_name
 from unweave.models.attachment import differences, trained_at, without_path
+from unweave.models.checkpoints import DEMO, DEMO_VIT
 from unweave.models.hooks import Edit, Hook, capture, splice
 from unweave.models.lean import lean
-from unweave.models.load import DEMO, DEMO_VIT, LoadedModel, fingerprint, load_model
+from unweave.models.load import LoadedModel, fingerprint, load_model
 from unweave.models.meter import Meter
 from unweave.models.model_identity import model_fingerprint
 from unweave.models.names import head_index, head_shape, resolve_hooks

@@ -9,22 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import pickle
-import re
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from unweave._errors import UnweaveError, nearest, nearest_beside
-from unweave._hub import asked_once, downloaded, unreachable
+from unweave._errors import UnweaveError, nearest_beside
+from unweave.models.checkpoints import SHIPPED, first_line, has_any, not_on_the_hub, source_of, transformers_quiet
 from unweave.models.processors import Processor, load_processor, processor_files
 from unweave.models.timm_models import PREFIX as TIMM
 from unweave.models.timm_models import load_timm
@@ -32,18 +26,6 @@ from unweave.models.vision import VisionLayout, vision_layout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-DEMO = Path(__file__).parent / "demo_lm"
-"""Folder of the model that `load_model("demo")` loads."""
-DEMO_VIT = Path(__file__).parent / "demo_vit"
-"""Folder of the model that `load_model("demo-vit")` loads."""
-_SHIPPED = {"demo": DEMO, "demo-vit": DEMO_VIT}
-
-_WELL_KNOWN = (
-    "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "EleutherAI/pythia-70m-deduped", "google/gemma-2-2b",
-    "google/gemma-3-1b-pt", "meta-llama/Llama-3.1-8B", "openai/clip-vit-base-patch32", "facebook/dinov2-base",
-)  # fmt: skip
-"""Models that many SAEs belong to, for the hint at what a misspelt name could have meant."""
 
 _VOCABULARIES = (
     "tokenizer.json",
@@ -53,7 +35,6 @@ _VOCABULARIES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -125,11 +106,11 @@ def load_model(
         layout, processor = layout or vision_layout(module), processor or transform
     else:
         place = _usable(device or _default_device())
-        name, source = str(model), _source(model)
+        name, source = str(model), source_of(model)
         module = _load_module(source, dtype).requires_grad_(False).to(place)
         layout = layout or vision_layout(module)
-        if layout is not None and processor is None and processor_files(source, _has_any):
-            with _transformers(source):
+        if layout is not None and processor is None and processor_files(source, has_any):
+            with transformers_quiet(source):
                 processor = load_processor(source)
         if tokenizer is None and layout is None:
             tokenizer = _load_tokenizer(source)
@@ -143,7 +124,7 @@ def load_model(
 def name_of(module: nn.Module) -> str:
     """What a module was loaded by, else its class."""
     loaded = getattr(getattr(module, "config", None), "_name_or_path", None) or type(module).__name__
-    return next((name for name, folder in _SHIPPED.items() if loaded == str(folder)), loaded)
+    return next((name for name, folder in SHIPPED.items() if loaded == str(folder)), loaded)
 
 
 def load_tokenizer(tokenizer: str | Path) -> PreTrainedTokenizerBase:
@@ -152,8 +133,8 @@ def load_tokenizer(tokenizer: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         UnweaveError: There is none.
     """
-    if (found := _load_tokenizer(_source(tokenizer))) is None:
-        near = nearest_beside(Path(tokenizer), _SHIPPED, folders=True)
+    if (found := _load_tokenizer(source_of(tokenizer))) is None:
+        near = nearest_beside(Path(tokenizer), SHIPPED, folders=True)
         raise UnweaveError(f"no tokenizer was found in {str(tokenizer)!r}{near or '.'}")
     return found
 
@@ -169,30 +150,17 @@ def hash_of(vocabulary: Mapping[str, int]) -> str:
     return hashlib.sha256(json.dumps(by_name).encode()).hexdigest()
 
 
-def _source(model: str | Path) -> str:
-    """The folder or the name on the Hub that `model` stands for, in the form that transformers takes."""
-    folder = _SHIPPED.get(str(model)) or Path(model).expanduser()
-    if folder.is_dir():
-        return str(folder)
-    if isinstance(model, str) and model not in _SHIPPED and not folder.exists() and _HUB_NAME.fullmatch(model):
-        return model
-    if folder.exists():
-        raise UnweaveError(f"{str(folder)!r} is a file, where the folder of a model is needed.")
-    near = nearest_beside(folder, _SHIPPED, folders=True)
-    raise UnweaveError(f"the folder {str(folder)!r} does not exist{near or '.'}")
-
-
 def _load_module(source: str, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoConfig
 
-    if not _has_any(source, "config.json"):
+    if not has_any(source, "config.json"):
         if Path(source).is_dir():
             raise UnweaveError(f"the folder {source!r} is no model in Hugging Face layout: it has no config.json.")
-        raise UnweaveError(f"there is no folder {source!r}, and {_not_on_the_hub(source)}")
-    with _transformers(source):
+        raise UnweaveError(f"there is no folder {source!r}, and {not_on_the_hub(source)}")
+    with transformers_quiet(source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     kind, config = _kind(config)
-    with _transformers(source):
+    with transformers_quiet(source):
         module, info = kind.from_pretrained(
             source, config=config, dtype=dtype, trust_remote_code=False,
             ignore_mismatched_sizes=True, output_loading_info=True,
@@ -236,23 +204,12 @@ def _is_causal(config: PretrainedConfig) -> bool:
     return family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and family not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
-def _not_on_the_hub(source: str) -> str:
-    """What to say of a name that is no folder, and that neither the Hub nor its cache has a model of."""
-    away, cached = unreachable(), downloaded()
-    beside = (other.name for other in Path().iterdir() if other.is_dir() and not other.name.startswith("."))
-    near = nearest(source, [*_SHIPPED, *cached, *beside]) or nearest(source, _WELL_KNOWN, n=1, cutoff=0.7) or "."
-    if away is None:
-        return f"the Hugging Face Hub has no model of this name that may be read without another token{near}"
-    has = f"has {', '.join(map(repr, cached))}" if cached else "is empty"
-    return f"the Hugging Face Hub cannot be reached {away}, whose cache {has}{near}"
-
-
 def _load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
     from transformers import AutoTokenizer
 
-    if not _has_any(source, *_VOCABULARIES):
+    if not has_any(source, *_VOCABULARIES):
         return None  # transformers would make up an empty one
-    with _transformers(source):
+    with transformers_quiet(source):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
@@ -275,14 +232,6 @@ def _check_fit(tokenizer: PreTrainedTokenizerBase, module: nn.Module, name: str)
         )
 
 
-def _has_any(source: str, *files: str) -> bool:
-    """Whether a folder, or else the Hub or its cache, has one of `files`; False too where the Hub is out of reach."""
-    from transformers.utils.hub import has_file
-
-    with _transformers(source):
-        return any(has_file(source, file) for file in files)
-
-
 def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -291,30 +240,4 @@ def _usable(device: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise UnweaveError(f"the device {str(device)!r} cannot be used: {_first_line(error)}.") from error
-
-
-@contextmanager
-def _transformers(source: str) -> Iterator[None]:
-    """Transformers without its bars and warnings; what it says about an unusable checkpoint becomes one sentence."""
-    from huggingface_hub.errors import RepositoryNotFoundError
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    bars = transformers_logging.set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **{**kwargs, "disable": True}))
-    try:
-        with warnings.catch_warnings(), nullcontext() if Path(source).is_dir() else asked_once():
-            warnings.simplefilter("ignore")
-            yield
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError) as error:
-        if type(error.__cause__) is RepositoryNotFoundError:  # a gated one's is of a class below
-            raise UnweaveError(f"there is no folder {source!r}, and {_not_on_the_hub(source)}") from error
-        raise UnweaveError(f"{source!r} could not be loaded: {_first_line(error)}.") from error
-    finally:
-        transformers_logging.set_tqdm_hook(bars)
-        transformers_logging.set_verbosity(verbosity)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".:")
+        raise UnweaveError(f"the device {str(device)!r} cannot be used: {first_line(error)}.") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -89,6 +90,8 @@ def processor_files(source: str, find: Callable[..., bool]) -> bool:
 
 def load_processor(source: str) -> Processor:
     """The image processor of a checkpoint in Hugging Face layout; raises what transformers raises."""
+    if find_spec("PIL") is None:
+        raise UnweaveError("models of images need Pillow: pip install 'unweave[vision]'.")
     from transformers import AutoImageProcessor
     from transformers.models.auto.image_processing_auto import get_image_processor_config
 

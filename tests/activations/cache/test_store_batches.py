@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -58,6 +59,47 @@ def test_every_chosen_row_comes_once_in_each_epoch(
     for epoch in range(len(flat) // len(wanted)):
         assert sorted(flat[epoch * len(wanted) : (epoch + 1) * len(wanted)]) == wanted
     assert next(batches, None) is None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_are_copied_batch_by_batch(store: Make, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pitfall_224: threads meet once for each batch, not for each row."""
+    rows, gathered, submitted = store(1000), list[int](), list[int]()
+    gather, submit = type(rows).gather, ThreadPoolExecutor.submit
+
+    def counting(self: Any, wanted: Any, *args: Any, **kwargs: Any) -> Any:
+        gathered.append(len(wanted))
+        return gather(self, wanted, *args, **kwargs)
+
+    def counted(self: Any, *args: Any) -> Any:
+        submitted.append(1)
+        return submit(self, *args)
+
+    monkeypatch.setattr(type(rows), "gather", counting)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", counted)
+    batches = StoreBatches(rows, 100, 400, workers=workers)
+    assert sorted(row for batch in rows_of(batches) for row in batch) == list(range(1000))
+    assert gathered == [100] * 10
+    assert len(submitted) == (10 if workers else 0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("hooks", [None, ["b"]])
+@pytest.mark.parametrize("epochs", [1, None])
+@pytest.mark.parametrize("some", [False, True])
+def test_pitfall_218_every_combination_of_modes_runs(
+    store: Make, workers: int, dtype: torch.dtype | None, hooks: list[str] | None, epochs: int | None, some: bool
+) -> None:
+    selection = Selection(without_tokens=[3]) if some else None
+    batches = StoreBatches(
+        store(100), 16, 32, selection=selection, hooks=hooks, epochs=epochs, workers=workers, dtype=dtype
+    )
+    for _, batch in zip(range(9 if epochs is None else 5), batches, strict=False):
+        assert batch.keys() == set(hooks or ["a", "b"])
+        assert {(x.dtype, len(x)) for x in batch.values()} == {(dtype or torch.float32, 16)}
+        assert not some or not (batch["b"] % 11 == 8).any()  # -3 modulo 11
+    batches.close()
 
 
 def test_the_order_is_that_of_the_seed_and_the_epoch_alone(store: Make) -> None:

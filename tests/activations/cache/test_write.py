@@ -75,6 +75,14 @@ def test_several_shards_and_every_type_hold_the_same(make_cache: Make) -> None:
     torch.testing.assert_close(norms, x.norm(dim=1))
 
 
+def test_more_than_ten_shards_are_read_in_their_order(make_cache: Make) -> None:
+    """pitfall_335: the eleventh does not come after the first, as it would among names."""
+    many, one = make_cache("many", tokens=300, shard_bytes=600), make_cache("one", tokens=300, shard_bytes=10**6)
+    assert len(many.manifest["sides"]["train"]["shards"]) > 11
+    assert torch.equal(many.train.read(0, 300)["h.0"], one.train.read(0, 300)["h.0"])
+    assert np.array_equal(many.train.records["documents"][:], one.train.records["documents"][:])
+
+
 def test_positions_with_a_step_are_stored_alone(make_cache: Make) -> None:
     made = make_cache(tokens=40, positions="1:7:3")
     assert set(made.train.records["positions"][:].tolist()) == {1, 4}

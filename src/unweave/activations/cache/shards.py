@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
@@ -20,6 +19,7 @@ from unweave._errors import UnweaveError
 from unweave._files import atomic_folder, write_json
 from unweave.activations.cache.format import DTYPES, RECORD_DTYPES, SHARD, as_stored
 from unweave.activations.live import Pass
+from unweave.activations.masks import lengths_of
 from unweave.activations.tokenized.format import checksum, npy_header
 
 
@@ -46,7 +46,7 @@ class ShardWriter:
         """
         for hook, slug in self.hooks.items():
             x = done.activations[hook][:n]
-            norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+            norms = lengths_of(x).float()
             stored, scales = as_stored(x, self.dtype)
             if self.dtype in ("float16", "bfloat16"):
                 check_finite(x.to(DTYPES[self.dtype][1]), hook, done.records, f" as {self.dtype}, which ends before")

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COMMIT_SECONDS = 5.0
-CHUNK_DOCUMENTS, CHUNK_CHARS = 256, 1 << 19
+CHUNK_DOCUMENTS, CHUNK_CHARS = 512, 1 << 20
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def in_order(chunks: Iterable[Chunk], encoder: Encoder, processes: int) -> Itera
         UnweaveError: A process died.
     """
     pool: Executor
-    if processes == 1:  # the tokenizer lets go of Python's lock and has threads of its own; the second unpacks its ids
+    if processes == 1:  # the tokenizer lets go of Python's lock and has threads of its own, which two keep busy
         pool, encode = ThreadPoolExecutor(2), encoder.one_by_one
     else:
         # Not forked: the tokenizer's threads and PyTorch's would not survive that.
