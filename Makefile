@@ -42,6 +42,7 @@ oracles: $(ORACLES)/.run  # other libraries read our files and agree with our nu
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@! command -v chromium >/dev/null || $(BIN)/python scripts/check_site.py
 
 wheel: $(VENV)/.dev  # dist/: the source archive, and the wheel built from it
 	rm -rf dist

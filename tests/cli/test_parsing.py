@@ -38,6 +38,7 @@ from unweave.cli.parsing import _sentence, options
         ("push x", "push needs OWNER/NAME; see `unweave push --help`."),
         ("cache", "cache needs --hooks NAME ... and --tokens N; see `unweave cache --help`."),
         ("convert", "convert needs SOURCE and DESTINATION and --to FORMAT; see `unweave convert --help`."),
+        ("convert a b saev", "convert needs --to FORMAT; see `unweave convert --help`."),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_sentence(

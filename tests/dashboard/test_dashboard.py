@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -17,7 +18,7 @@ from unweave.activations import DataConfig, MaskConfig, TokenBatch, TokenRows
 from unweave.dashboard import dashboard
 from unweave.evaluation import evaluate
 from unweave.models import LoadedModel
-from unweave.sae import SAE, TopK
+from unweave.sae import ACTIVATIONS, SAE, TopK
 
 D, CONFIG = 16, DataConfig(context=32)
 
@@ -161,6 +162,30 @@ def test_padding_is_neither_counted_nor_shown(sae: SAE, model: LoadedModel, text
 def test_pitfall_344_an_sae_in_bf16(sae: SAE, model: LoadedModel, texts: list[str], tmp_path: Path) -> None:
     path = dashboard(sae.to(torch.bfloat16), model=model, data=texts, path=tmp_path / "f.html", tokens=1000)
     assert data_of(path)["latents"]
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_pitfall_337_every_activation_function_has_a_page(
+    name: str, model: LoadedModel, rows: TokenBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no copy of the weights is made for it."""
+    cls = ACTIVATIONS[name]
+    torch.manual_seed(0)
+    other = SAE(D, 48, cls(**{"k": 4} if "k" in {f.name for f in dataclasses.fields(cls)} else {}))
+    if other.activation.calibrated:
+        other.threshold.fill_(0.1)  # type: ignore[union-attr]
+    other.metadata["hf_hook_name"] = "transformer.h.0"
+    places = {parameter.data_ptr() for parameter in other.parameters()}
+    seen, encode = set[int](), SAE.encode_sparse
+
+    def looking(self: SAE, x: torch.Tensor) -> Any:
+        seen.update(parameter.data_ptr() for parameter in self.parameters())
+        return encode(self, x)
+
+    monkeypatch.setattr(SAE, "encode_sparse", looking)
+    path = dashboard(other.requires_grad_(False), model=model, data=[rows], path=tmp_path / "f.html", tokens=1000)
+    assert data_of(path)["latents"]
+    assert seen == places
 
 
 def test_pitfall_342_nothing_fires(sae: SAE, model: LoadedModel, texts: list[str], tmp_path: Path) -> None:

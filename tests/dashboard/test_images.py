@@ -16,6 +16,7 @@ from unweave._errors import UnweaveError
 from unweave.activations import ImageConfig, ImageRows, MaskConfig, Masks
 from unweave.dashboard import image_dashboard
 from unweave.dashboard.image_collect import collect_images
+from unweave.dashboard.page import render_images
 from unweave.models import Hook, LoadedModel, load_model
 from unweave.sae import SAE, TopK
 
@@ -43,6 +44,7 @@ def codes_by_hand(sae: SAE, vit: LoadedModel, rows: ImageRows, n: int) -> tuple[
 
 
 def test_counts_and_best_images_are_those_of_all_codes_at_once(sae: SAE, vit: LoadedModel) -> None:
+    """pitfall_339: an image with many strong patches is one of the best, and once."""
     rows = ImageRows("digits", vit, ImageConfig(), held_out=False)
     codes, numbers = codes_by_hand(sae, vit, rows, 192)
     masks = Masks(MaskConfig(norm_multiple=None), None, rows.context)
@@ -107,6 +109,16 @@ def test_images_with_grids_of_their_own_are_shown_too(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+def test_one_page_holds_each_picture_once(sae: SAE, vit: LoadedModel, tmp_path: Path) -> None:
+    """pitfall_338: latents name the images that they share, and there is no file beside the page."""
+    path = image_dashboard(sae, model=vit, data="digits", path=tmp_path / "p.html", n_features=9, n_top=5, tokens=3000)
+    page = shown(path)
+    named = [top["image"] for latent in page["latents"] for top in latent["top"]]
+    assert len(named) > len(set(named))
+    assert len(page["images"]) == len(set(named))
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_model_of_text_has_no_such_page(sae: SAE, model: LoadedModel, tmp_path: Path) -> None:
     with pytest.raises(UnweaveError, match="is no vision model of a known family"):
         image_dashboard(sae, model=model, data="digits", path=tmp_path / "x.html", hook="transformer.h.0")
@@ -137,3 +149,26 @@ def test_the_page_draws_every_latent(
     assert dom.count("<canvas") == sum(len(latent["top"]) for latent in latents)
     assert len(re.findall(r'<canvas[^>]* width="\d{2,}"', dom)) == dom.count("<canvas")  # each was drawn on
     assert "9 latents" in dom
+
+
+@pytest.mark.browser
+def test_numbers_are_written_out_and_the_page_fits_a_telephone(tmp_path: Path, browse: Callable[..., str]) -> None:
+    latent = {"index": 7, "density": 0.00123, "images": 1.0, "max": 4.637, "rates": [], "top": []}
+    header = {"subject": "m", "facts": [["patches", "27,264"]], "more": [["data", "a-long-name-" * 20]]}
+    path, outside = tmp_path / "p.html", tmp_path / "outside.html"
+    data = {"header": header, "classes": [], "images": {}, "latents": [latent]}
+    path.write_text(render_images(data, title="p · unweave"), encoding="utf-8")
+    dom = browse(path.as_uri())
+    assert "fires on 0.12 % of patches, in 100 % of images; max 4.64<" in dom
+    assert "Bars:" not in dom.partition("<script")[0]  # there are none without classes
+    outside.write_text(
+        f"""<iframe src="{path.as_uri()}" style="width:390px"></iframe><script>addEventListener("load", () => {{
+        const page = document.querySelector("iframe").contentDocument;
+        page.querySelector("details").open = true;
+        document.title = page.documentElement.scrollWidth;
+        }})</script>""",
+        encoding="utf-8",
+    )
+    width = re.search(r"<title>(\d+)</title>", browse(outside.as_uri(), "--allow-file-access-from-files"))
+    assert width
+    assert 300 < int(width[1]) <= 390

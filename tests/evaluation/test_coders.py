@@ -36,6 +36,7 @@ def copying(model: LoadedModel) -> Transcoder:
 
 
 def test_a_transcoder_that_copies_its_target_is_perfect(gpt2: LoadedModel, rows: list[TokenBatch]) -> None:
+    """pitfall_018: it is spliced in at its output."""
     report = evaluate(copying(gpt2), model=gpt2, data=rows)
     found = {name.partition("/")[2]: value for name, value in report.metrics.items()}
     for name in ("explained_variance", "kl_div_score", "cosine"):
@@ -46,6 +47,7 @@ def test_a_transcoder_that_copies_its_target_is_perfect(gpt2: LoadedModel, rows:
 
 
 def test_the_model_goes_on_with_the_prediction_at_the_output(gpt2: LoadedModel, rows: list[TokenBatch]) -> None:
+    """pitfall_247: the prediction is that of forward, skip included."""
     torch.manual_seed(0)
     coder = Transcoder(4 * D, D, 32, TopK(3), skip=True).requires_grad_(False)
     assert coder.W_skip is not None

@@ -36,11 +36,31 @@ def numbers_of(report):
 
 
 def test_two_evaluations_are_equal(gpt2, sae, documents):
-    """pitfall_009, 37, 38: nothing is random; other held-out documents come first under another seed."""
+    """pitfall_009, 37, 38: nothing is random; other held-out documents come first under another seed.
+
+    pitfall_336: but each evaluation has an id of its own, which no seed, counter or process number decides.
+    """
     runs = [evaluate(sae, model=gpt2, data=documents, tokens=200, data_config=CONFIG, seed=s) for s in (0, 0, 1)]
     assert json.dumps(numbers_of(runs[0])) == json.dumps(numbers_of(runs[1]))
     assert runs[0].provenance["data"]["token_sha256"] != runs[2].provenance["data"]["token_sha256"]
     assert [run.provenance["seed"] for run in runs] == [0, 0, 1]
+    assert len({run.provenance["eval_id"] for run in runs}) == 3
+
+
+def test_every_token_is_encoded_once(gpt2, sae, batches, monkeypatch):
+    """pitfall_254: the codes that are counted are those that the model goes on with."""
+    rows, training = [], []
+    encode = SAE.encode_sparse
+
+    def counting(self, x):
+        rows.append(x.flatten(0, -2).shape[0])
+        return encode(self, x)
+
+    monkeypatch.setattr(SAE, "encode_sparse", counting)
+    monkeypatch.setattr(SAE, "training_codes", lambda *_: training.append(1))
+    report = evaluate(sae, model=gpt2, data=batches, tokens=500, masks=MaskConfig(norm_multiple=None))
+    assert report.metrics["behaviour/kl_div_score"] is not None
+    assert (sum(rows), training) == (report.provenance["tokens"]["kept"], [])
 
 
 def test_the_number_of_prompts_in_a_pass_changes_nothing(gpt2, sae, batches):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -119,6 +120,16 @@ def test_the_table_fits_a_terminal(report):
     assert any("explained variance" in line and f"{report['explained_variance']:.3f}" in line for line in lines)
     assert any("zero ablation" in line for line in lines)
     assert "\x1b" not in str(report)
+
+
+def test_the_table_shows_every_bin_of_density(report):
+    counts = [0, 0, 0, 1, 40, 80, 160, 320, 160, 80, 40, 20, 10, 5, 1, 0]  # of 1e8 tokens
+    edges = [-8 + i / 2 for i in range(len(counts) + 1)]
+    histogram = {"log10_edges": edges, "counts": counts, "dead": 0}
+    lines = str(dataclasses.replace(report, density_histogram=histogram)).splitlines()
+    assert max(map(len, lines)) <= 80
+    (density,) = [line for line in lines if line.startswith("  density")]
+    assert density.split(maxsplit=2)[1:] == ["···▁▁▂▄█▄▂▁▁▁▁▁·", "latents firing on 1e-8 to 1 of tokens"]
 
 
 def test_the_table_of_what_is_unknown(without_behaviour):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unweave.evaluation import CodeSums, ReconstructionSums
 from unweave.evaluation import metrics as m
@@ -299,6 +300,33 @@ def test_code_sums_do_not_depend_on_the_batch_and_add_up():
 
 def test_no_tokens_have_no_sparsity():
     assert {f.function(CodeSums(4)) for f in m.METRICS if f.group == "sparsity"} == {None}
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_million_latents_take_no_more_operations_than_ten(signed):
+    """pitfall_310: nothing goes through latents one by one."""
+
+    class Operations(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for d_sae in (10, 1_000_000):
+        values = torch.tensor([1.0, -2.0, 3.0]) if signed else torch.tensor([1.0, 2.0, 3.0])
+        codes = SparseCodes(torch.tensor([1, 4, 4]), values, torch.tensor([0, 2, 3]), d_sae)
+        sums = CodeSums(d_sae)
+        with Operations() as operations:
+            sums.update(codes, torch.tensor([0, 1]))
+            found = {f.name: f.function(sums) for f in m.METRICS if f.group == "sparsity"}
+            m.density_histogram(sums)
+            m.feature_density(sums)
+            m.consistent_activation_heuristic(sums)
+        assert found["sparsity/l0"] == 1.5
+        counts.append(operations.count)
+    assert counts[0] == counts[1]
 
 
 def test_each_definition_is_one_function():

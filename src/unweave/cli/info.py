@@ -24,8 +24,8 @@ class InfoArgs:
     """A release, a repository on the Hub (OWNER/NAME), or a folder or file."""
     id: Annotated[tyro.conf.Positional[str | None], shown("ID")] = None
     """The SAE in it."""
-    releases: Annotated[str | None, shown("WORDS")] = None
-    """List the published releases in which all of these words occur; "" lists all."""
+    releases: Annotated[tuple[str, ...] | None, shown("[WORD ...]")] = None
+    """List the published releases in which all of these words occur; without a word, all of them."""
     revision: Annotated[str | None, shown("NAME", "main")] = None
     """Branch, tag or commit of the repository."""
     local_files_only: bool = False
@@ -57,10 +57,10 @@ class InfoArgs:
         if self.releases is not None:
             if self.source is not None:
                 raise UnweaveError("--releases lists releases: leave the name of one out, or leave --releases out.")
-            console.print(releases(self.releases))
+            console.print(releases(" ".join(self.releases)))
             return
         if self.source is None:
-            raise UnweaveError("name a release, a repository or a path, or list what is published: --releases WORDS.")
+            raise UnweaveError("name a release, a repository or a path, or list what is published: --releases.")
         release = directory().get(self.source)
         if self.id is None and release is None and (facts := folder_facts(Path(self.source).expanduser())) is not None:
             if self.verify:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr
 from difflib import get_close_matches
+from itertools import takewhile
 from typing import TypeVar, get_args, get_type_hints
 
 from unweave._errors import UnweaveError, nearest
@@ -80,7 +81,8 @@ def _sentence(command: str, box: str) -> str | None:
     lines = [line for line in lines if line.strip("─- ")]
     more = f"; see `unweave {command} --help`."
     if any(f"Missing from unweave {command}:" in line for line in lines):
-        needed = [line.strip() for line in lines if re.match(r" {5}\S", line)]
+        missing = takewhile(lambda line: "Unrecognized" not in line, lines)  # what is too much comes below
+        needed = [line.strip() for line in missing if re.match(r" {5}\S", line)]
         named = [name for name in needed if not name.startswith(f"unweave {command}")]
         return f"{command} needs {' and '.join(named)}{more}"
     text = " ".join(" ".join(lines).split())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unweave._errors import UnweaveError
 from unweave.activations import ImageBatch, ImageRows, Masks
+from unweave.activations.masks import lengths_of
 from unweave.models import Hook, LoadedModel, capture, dtype_of
 from unweave.sae import SAE
 
@@ -92,7 +93,7 @@ def _codes(
             f"{tuple(batch.real.shape)} tokens, where the SAE takes {sae.d_in} numbers a token."
         )
     x, keep = x.reshape(*batch.real.shape, -1).to(sae.device), masks.by_token(batch).to(sae.device)
-    norms = {str(hook): torch.linalg.vector_norm(x[keep], dim=-1, dtype=torch.float32)}
+    norms = {str(hook): lengths_of(x[keep])}
     if len(norms[str(hook)]):
         keep[keep.clone()] = masks.by_norm(norms)
     codes = sae.encode(x).float() * keep[..., None]

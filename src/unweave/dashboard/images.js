@@ -11,13 +11,15 @@ function element(name, text, parent, cls) {
   return made;
 }
 
-const percent = (x) => (100 * x).toPrecision(2) + " %";
+const percent = (x) => `${x < 0.0995 ? (100 * x).toPrecision(2) : Math.round(100 * x)} %`;
 
 document.getElementById("subject").textContent = data.header.subject;
-for (const [name, value] of data.header.facts) {
-  const row = element("div", null, document.getElementById("facts"));
-  element("dt", name, row);
-  element("dd", value, row);
+for (const list of ["facts", "more"]) {
+  for (const [name, value] of data.header[list]) {
+    const row = element("div", null, document.getElementById(list));
+    element("dt", name, row);
+    element("dd", value, row);
+  }
 }
 
 for (const latent of data.latents) {
@@ -77,7 +79,7 @@ function card(latent) {
   const about = element("div", null, made, "about");
   const left = element("div", null, about);
   element("h2", `Latent ${latent.index}`, left);
-  element("p", `fires on ${percent(latent.density)} of patches, in ${percent(latent.images)} of images; max ${latent.max}`, left, "numbers");
+  element("p", `fires on ${percent(latent.density)} of patches, in ${percent(latent.images)} of images; max ${latent.max.toPrecision(3)}`, left, "numbers");
   if (data.classes.length) {
     const bars = element("div", null, about, "classes" + (data.classes.length > 20 ? " many" : ""));
     const most = Math.max(...latent.rates, 1e-9);
@@ -106,6 +108,7 @@ const sort = document.getElementById("sort"), chosen = document.getElementById("
 data.classes.forEach((name, i) => { element("option", name, chosen).value = String(i); });
 if (!data.classes.length) {
   document.getElementById("class-label").remove();
+  document.getElementById("bars").remove();
   for (const option of [...sort.options]) if (["class", "selective"].includes(option.value)) option.remove();
   sort.value = "frequent";
 }

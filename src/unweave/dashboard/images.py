@@ -93,7 +93,11 @@ def image_dashboard(
     subject = f"{without_path(model.name)} · {place}"
     page = render_images(
         {
-            "header": {"subject": subject, "facts": [*_facts(sae, found, rows, report), *notes]},
+            "header": {
+                "subject": subject,
+                "facts": [*_facts(sae, found, report), *notes],
+                "more": _more(sae, found, rows),
+            },
             "classes": list(rows.source.classes),
             "images": pictures,
             "latents": [_latent(found, latent, pictures) for latent in latents],
@@ -180,7 +184,7 @@ def _png(pixels: Tensor) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _facts(sae: SAE, found: ImageFeatures, rows: ImageRows, report: Report | None) -> list[list[str]]:
+def _facts(sae: SAE, found: ImageFeatures, report: Report | None) -> list[list[str]]:
     k = getattr(sae.activation, "k", None)
     kind = type(sae.activation).__name__ + (f", k = {k}" if k else "")
     facts = [["SAE", f"{kind}, {sae.d_sae:,} latents"]]
@@ -189,11 +193,13 @@ def _facts(sae: SAE, found: ImageFeatures, rows: ImageRows, report: Report | Non
     else:
         measured = (("L0", "l0", ".1f"), ("explained variance", "explained_variance", ".3f"))
         facts += [[label, f"{report[name]:{form}}"] for label, name, form in measured if report[name] is not None]
-    alive = int((found.fired > 0).sum())
+    return [*facts, ["patches", f"{found.n_tokens:,}"], ["images", f"{found.n_images:,}"]]
+
+
+def _more(sae: SAE, found: ImageFeatures, rows: ImageRows) -> list[list[str]]:
     return [
-        *facts,
-        ["patches", f"{found.n_tokens:,} of {found.n_images:,} images of {rows.source.name}"],
-        ["alive", f"{alive:,} of {sae.d_sae:,}"],
-        ["weights", f"sha256 {weights_hash(sae)[:16]}"],
+        ["data", rows.source.name],
+        ["latents that never fired", f"{int((found.fired == 0).sum()):,} of {sae.d_sae:,}"],
+        ["SAE weights", f"sha256 {weights_hash(sae)[:16]}"],
         ["made with", f"unweave {__version__}"],
     ]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from unweave._errors import UnweaveError
 from unweave.activations import DataConfig, Masks, TokenBatch, TokenRows
+from unweave.activations.masks import lengths_of
 from unweave.dashboard.collect import Collected, Collector
 from unweave.evaluation.sample import check_fit
 from unweave.models import Hook, LoadedModel, capture, without_path
@@ -109,7 +110,7 @@ def _counted(
     x: Float[Tensor, "n context d_in"], batch: TokenBatch, masks: Masks, hook: str, number: int
 ) -> Bool[Tensor, "n context"]:
     counted = masks.by_token(batch).to(x.device)
-    lengths = torch.linalg.vector_norm(x[counted], dim=-1, dtype=torch.float32)
+    lengths = lengths_of(x[counted])
     if not lengths.isfinite().all():
         raise UnweaveError(f"the activations at {hook!r} are NaN or infinite in pass {number + 1}.")
     if len(lengths):

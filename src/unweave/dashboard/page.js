@@ -37,7 +37,7 @@
   const count = (n) => grouped.format(n);
   const short = (x) => (Math.abs(x) >= 1000 ? count(x) : String(Number(x.toPrecision(3))));
   const aligned = (x) => (Math.abs(x) >= 1000 ? count(x) : x.toPrecision(3));
-  const percent = (x) => `${Number((100 * x).toPrecision(2))} %`;
+  const percent = (x) => `${x < 0.0995 ? (100 * x).toPrecision(2) : Math.round(100 * x)} %`;
 
   const SIGNS = { "\n": "↵", "\r": "␍", "\t": "→" };
   const SUPERSCRIPT = "⁰¹²³⁴⁵⁶⁷⁸⁹";
@@ -85,7 +85,6 @@
           element("button", { type: "button", onclick: () => step(1) }, "next → ", element("kbd", {}, "j")))),
       element("dl", { class: "stats" }, ...pairs([
         ["fires on", `${percent(latent.density)} of tokens`],
-        ["one in", count(1 / latent.density)],
         ["firings", count(latent.count)],
         ["maximum", short(latent.max)],
       ])),
@@ -173,7 +172,7 @@
         shape("text", { x: at, y: 10, "text-anchor": "middle" }, group.quantile === 0.5 ? "median" : `${100 * group.quantile} %`));
     }
     return element("section", { class: "panel chart" },
-      element("h3", {}, "Activations ", element("small", {}, "where it fires, on a log scale")), svg);
+      element("h3", {}, "Activations ", element("small", {}, `log scale; tallest bar ${count(top)} tokens`)), svg);
   }
 
   /** Round numbers between two limits: 1, 2, 5 times a power of ten, or finer where those are too few. */

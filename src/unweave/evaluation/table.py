@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
     from unweave.evaluation.report import Report
 
-BARS = " ▁▂▃▄▅▆▇█"
+BARS = "·▁▂▃▄▅▆▇█"
+"""The first for none: a space would be lost at the ends."""
 
 
 class Row(NamedTuple):
@@ -70,21 +71,21 @@ def report_table(report: Report) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    parts = _title(report)
+    parts, (bars, span) = _title(report), _density(report)
     for group, rows in ROWS.items():
         if all(report.metrics[row.metric] is None for row in rows):
             continue  # a note says why
         parts += [Text(), Text(group, style="bold")]
         table = Table.grid(padding=(0, 2))
         table.add_column(width=20)
-        table.add_column(width=9, justify="right", style="cyan")
+        table.add_column(width=max(9, len(bars)), justify="right", style="cyan")
         table.add_column(style="dim")
         for row in rows:
             value = report.metrics[row.metric]
             meaning = row.meaning.format(baseline=report.baseline)
             table.add_row(f"  {row.name}", "–" if value is None else row.show(value), meaning)
         if group == "Sparsity":
-            table.add_row("  density", *_density(report))
+            table.add_row("  density", bars, span)
         parts.append(table)
     notes = [Text(f"Note: {note}.", style="yellow") for note in report.notes]
     return Group(*parts, *([Text(), *notes] if notes else []))
@@ -107,4 +108,4 @@ def _density(report: Report) -> tuple[str, str]:
     counts, most = report.density_histogram["counts"], max(report.density_histogram["counts"], default=0)
     bars = "".join(BARS[-(-8 * count // most)] if most else BARS[0] for count in counts)
     lowest = round(report.density_histogram["log10_edges"][0])
-    return bars, f"latents that fire on 1e{lowest} to 1 of the tokens"
+    return bars, f"latents firing on 1e{lowest} to 1 of tokens"

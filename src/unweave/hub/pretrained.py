@@ -162,7 +162,7 @@ def find(
         return _published(Repo(release.repo_id, revision or "main", **options), release, published)
     if not HUB_NAME.fullmatch(str(source)):
         hint = nearest(str(source), [*listed.directory(), *(p.name for p in Path.cwd().iterdir() if p.is_dir())])
-        hint = hint or "; `unweave info --releases WORDS` searches the releases."
+        hint = hint or "; `unweave info --releases WORD` searches the releases."
         raise UnweaveError(f"there is no release and no folder {str(source)!r}{hint}")
     repo, path = Repo(str(source), revision or "main", **options), check_inside((id or "").strip("/"))
     if path and (found := listed.at(repo.id, path)):

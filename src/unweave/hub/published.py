@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 PACKED = Path(__file__).with_name("releases.json.gz")
-WIDE = 200
-"""Columns of a table that goes to no terminal."""
+WIDE = 1000
+"""Columns of a table that goes to no terminal: more than it needs, so that each of its rows is one line."""
 _SHOWN = 8
 
 _SITES = (  # of ids, paths and releases that do not hold TransformerLens' name of the hook

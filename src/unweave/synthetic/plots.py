@@ -243,7 +243,7 @@ def _draw_bars(axes: Axes, bar: Bar) -> None:
     if bar.target is not None:
         axes.axvline(bar.target, color=RED, linewidth=1.4, linestyle=(0, (4, 2)))
     axes.set_title(bar.label, fontsize=9)
-    axes.locator_params(axis="x", nbins=4)
+    axes.locator_params(axis="x", nbins=4, integer=all(isinstance(value, int) for value in bar.values))
 
 
 def _order(sae: SAE, feature_dict: FeatureDictionary, reorder: bool | Tensor) -> Tensor:
