@@ -167,6 +167,8 @@ def test_dry_run_spends_nothing(tmp_path, text):
         (["--multi-topk", "8"], "above the first, 8"),
         (["--pre-act", "1"], "TopK ranks"),
         (["--config", "bad.toml"], "did you mean 'hooks'"),
+        (["--config", "broken.toml"], r"broken\.toml.*line 2"),
+        (["--config", "program.py"], "program.py"),
         (["--config", "missing.toml"], "missing.toml"),
         (["--context", "100000"], "100000"),
         (["--device", "cuda:99"], "cuda:99"),
@@ -174,12 +176,14 @@ def test_dry_run_spends_nothing(tmp_path, text):
     ids=lambda v: v[0] if isinstance(v, list) else "",
 )
 def test_wrong_input_is_one_sentence(tmp_path, text, arguments, message, capsys, monkeypatch):
-    """Exit status 2, one line, nothing written."""
+    """Exit status 2, one line, nothing written. pitfall_357: a file that is broken, or a program, is an error."""
     from unweave.cli import main
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("A few words.")
+    (tmp_path / "broken.toml").write_text("hooks = []\ntokens = = 5")
+    (tmp_path / "program.py").write_text("open('was_run', 'w')")
     (tmp_path / "bad.toml").write_text('hook = ["resid_post.1"]')
     before = sorted(os.listdir(tmp_path))
     status = main(["train", "--data", text, *SMALL, "--out", "out", *arguments])

@@ -55,10 +55,13 @@ def test_errors_are_one_sentence(hub: Any, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_the_directory_needs_no_network(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["info", "--releases", "gemma transcoder 270m"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 4
-    assert all(line.split()[0].startswith("gemma-scope-2-270m") for line in lines[1:])
+    for words in (["gemma transcoder 270m"], ["gemma", "transcoder", "270m"]):
+        assert main(["info", "--releases", *words]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 1 + 4
+        assert all(line.split()[0].startswith("gemma-scope-2-270m") for line in lines[1:])
+    assert main(["info", "--releases"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 170  # each on a line of its own
     assert main(["info", "--releases", "gtp2"]) == 2
     assert capsys.readouterr().err.startswith("unweave: no release matches 'gtp2'; did you mean")
     assert main(["info", "gpt2-small-res-jb"]) == 0

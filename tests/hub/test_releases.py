@@ -41,6 +41,7 @@ def test_every_entry_is_there_with_its_facts() -> None:
 
 
 def test_unpacking_waits_until_somebody_asks() -> None:
+    """pitfall_365"""
     program = "import unweave.hub, unweave.hub.published as r; assert not r.directory.cache_info().currsize"
     subprocess.run([sys.executable, "-c", program], check=True)
 
