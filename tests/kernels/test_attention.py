@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -103,6 +104,7 @@ def test_the_kernel_is_used_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.skipif(not compiled(), reason="no compiled kernel for this processor")
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="no memory for AddressSanitizer")
 def test_without_memory_to_work_with_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """128 MB of output fit below the limit, and the 256 MB that the kernel works with do not."""
     monkeypatch.delenv("UNWEAVE_KERNELS", raising=False)
