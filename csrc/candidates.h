@@ -1,14 +1,12 @@
-// Candidates of a selection from screened pre-activations, and how they are settled.
+// Candidates of a selection from screened pre-activations, and what is known of their values.
 //
 // A low-precision product gives every pre-activation up to a known error, its slack. Whatever may belong to the
-// selection is collected as a candidate; the candidates are computed again as fp32 dot products, and the selection is
-// made among these. The result is the one that computing every pre-activation in fp32 would give, bit for bit, because
-// a candidate is dropped only when its upper bound is below what is already certain.
+// selection is collected as a candidate; the candidates are computed again as fp32 dot products (settle.h), and the
+// selection is made among these. The result is the one that computing every pre-activation in fp32 would give, bit for
+// bit, because a candidate is dropped only when its upper bound is below what is already certain.
 //
 // With x = x' + dx and w = w' + dw, where x' and w' are what the product took, Cauchy-Schwarz bounds the error:
 //     |x . w - x' . w'| <= |dx| |w| + |x'| |dw| + rounding of the sums
-// An int8 product leaves many candidates. Their values are improved first with what rounding to int8 left of x and w,
-// also in int8: that takes half the bytes of an fp32 row, and hardly ever leaves more candidates than are selected.
 #pragma once
 
 #include <cstdlib>
@@ -190,121 +188,6 @@ void for_rows(Collector &collector, const Act &act) {
             if (collector.rows[i].finite) act(collector.rows[i], i, keys);
         std::free(keys.at);
     }
-}
-
-// Compute wanted candidates of a row exactly.
-template <class Wanted>
-void compute_exactly(Row &row, int64_t i, const float *x, const float *weight, int64_t d, const Screen &s, Keys &todo,
-                     const Wanted &wanted) {
-    todo.reserve(row.count);
-    for (int64_t c = 0; c < row.count; c++)
-        if (row.at[c].stage != EXACT && wanted(row.at[c])) todo.at[todo.count++] = c;
-    for (int64_t t = 0; t < todo.count; t++) {
-        Candidate &now = row.at[todo.at[t]];
-        const int64_t later = row.at[todo.at[t + AHEAD < todo.count ? t + AHEAD : t]].latent;
-        now.value = dot(x + i * d, weight + now.latent * d, d, weight + later * d) + s.bias[now.latent];
-        now.slack = 0;
-        now.stage = EXACT;
-    }
-}
-
-// For every candidate, on any thread: act(its row's number, candidate). There are many, so it goes block by block through
-// the latents, whose rows take up `bytes` each: a block stays in cache while all the rows of x that want it come by, and
-// meanwhile fetch(latent) asks for the next one, and fetch_row(row) for what is needed of a row that comes soon.
-template <class Fetch, class FetchRow, class Act>
-void for_candidates(Collector &collector, int64_t m, int64_t bytes, const Fetch &fetch, const FetchRow &fetch_row,
-                    const Act &act) {
-    struct Place {
-        int32_t row, at;
-    };
-    constexpr int64_t PARTS = 16;
-    int shift = 0;
-    while (bytes << (shift + 1) <= 96 << 10) shift++;
-    const int64_t blocks = (m >> shift) + 1;
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t part = 0; part < PARTS; part++) {
-        const int64_t first = blocks * part / PARTS, last = blocks * (part + 1) / PARTS;
-        // A counting sort of this part's candidates by their blocks.
-        int64_t *ends = new int64_t[last - first + 1](), *from = new int64_t[collector.n];
-        const auto each = [&](const auto &take) {
-            for (int64_t i = 0; i < collector.n; i++) {
-                const Row &row = collector.rows[i];
-                for (int64_t c = from[i]; c < row.count && row.at[c].latent >> shift < last; c++)
-                    take(i, c, (row.at[c].latent >> shift) - first);
-            }
-        };
-        for (int64_t i = 0; i < collector.n; i++) {
-            const Row &row = collector.rows[i];
-            int64_t low = 0, high = row.count;
-            while (low < high) {
-                const int64_t mid = (low + high) / 2;
-                if (row.at[mid].latent >> shift < first)
-                    low = mid + 1;
-                else
-                    high = mid;
-            }
-            from[i] = low;
-        }
-        each([&](int64_t, int64_t, int64_t block) { ends[block + 1]++; });
-        for (int64_t block = 0; block < last - first; block++) ends[block + 1] += ends[block];
-        const int64_t count = ends[last - first];
-        Place *places = new Place[count];
-        each([&](int64_t i, int64_t c, int64_t block) { places[ends[block]++] = {int32_t(i), int32_t(c)}; });
-        int64_t next = 0;
-        for (int64_t t = 0; t < count; t++) {
-            const Place later = places[t + AHEAD < count ? t + AHEAD : t];
-            prefetch(collector.rows[later.row].at + later.at);
-            fetch_row(places[t + 2 < count ? t + 2 : t].row);
-            Candidate &now = collector.rows[places[t].row].at[places[t].at];
-            const int64_t start = ((now.latent >> shift) + 1) << shift, end = start + (1ll << shift);
-            next = next > start ? next : start;
-            if (next < end && next < m) fetch(next++);
-            act(places[t].row, now);
-        }
-        delete[] places;
-        delete[] from;
-        delete[] ends;
-    }
-}
-
-// Compute all candidates exactly. Of many rows that each have many, most share their latents with others.
-inline void compute_all_exactly(Collector &collector, const float *x, const float *weight, int64_t m, int64_t d,
-                                const Screen &s) {
-    const auto ask_for = [d](const float *row) {
-        for (int64_t c = 0; c < d; c += 16) prefetch(row + c);
-    };
-    for_candidates(
-        collector, m, 4 * d, [&](int64_t j) { ask_for(weight + j * d); }, [&](int64_t i) { ask_for(x + i * d); },
-        [&](int64_t i, Candidate &now) {
-            now.value = dot(x + i * d, weight + now.latent * d, d) + s.bias[now.latent];
-            now.slack = 0;
-            now.stage = EXACT;
-        });
-}
-
-// Add the rests to what all candidates are.
-inline void refine(Collector &collector, int64_t m, int64_t d, const Screen &s) {
-    int32_t *totals = new int32_t[collector.n];
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < collector.n; i++) {
-        totals[i] = 0;
-        for (int64_t c = i * d; c < (i + 1) * d; c++) totals[i] += s.row_bytes[c] + s.row_rest[c];
-    }
-    const auto fetch = [&](int64_t j) {
-        for (int64_t c = 0; c < d; c += 64) prefetch(s.bytes + j * d + c), prefetch(s.rest + j * d + c);
-    };
-    const auto fetch_row = [&](int64_t i) {
-        for (int64_t c = 0; c < d; c += 64) prefetch(s.row_bytes + i * d + c), prefetch(s.row_rest + i * d + c);
-    };
-    for_candidates(collector, m, 2 * d, fetch, fetch_row, [&](int64_t i, Candidate &now) {
-        const int64_t j = now.latent;
-        const int32_t added = dot_crosswise(s.row_bytes + i * d, s.row_rest + i * d, s.bytes + j * d, s.rest + j * d, d,
-                                            totals[i]);
-        now.value += float(added) * (s.row_scales[i] * s.scales[j] / FINER);
-        now.slack = s.finer_slack(i, j, now.value);
-        now.stage = FINER_SCREENED;
-    });
-    delete[] totals;
 }
 
 }  // namespace

@@ -2,10 +2,6 @@
 // so that nothing but the candidates is ever written. The bounds are those of select.h.
 #pragma once
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "candidates.h"
 #include "product.h"
 

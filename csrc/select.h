@@ -1,8 +1,8 @@
 // Selection from tiles of screened pre-activations: what may belong to it becomes a candidate, and the candidates are
-// then settled (candidates.h).
+// then settled (settle.h).
 #pragma once
 
-#include "candidates.h"
+#include "settle.h"
 
 namespace {
 
@@ -110,10 +110,13 @@ inline int64_t finish_topk(Collector &collector, const float *x, const float *we
         const float guessed = row.floor;
         row.floor = -INF;
         prune(row, k, magnitude, keys);
-        if (guess && (row.count < k || row.floor < guessed)) {
-            wrong[i] = 1;
-            return;
-        }
+        wrong[i] = guess && (row.count < k || row.floor < guessed);
+        if (wrong[i]) row.count = 0;
+    });
+    // With the rests hardly more than k are left.
+    if (s.rest) compute_all_exactly(collector, x, weight, m, d, s);
+    for_rows(collector, [&](Row &row, int64_t i, Keys &keys) {
+        if (wrong[i]) return;
         // First the k that look largest: they rule out most of the others.
         const float likely = of_key(kth_candidate(row, k, magnitude, false, keys, any));
         compute_exactly(row, i, x, weight, d, s, keys,

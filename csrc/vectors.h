@@ -10,6 +10,10 @@
 #include <cstring>
 #include <type_traits>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 #if defined(__AVX512F__) || defined(__AVX2__) || defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -175,27 +179,82 @@ inline float dot(const float *a, const T *b, int64_t d, const T *next) {
 
 inline float dot(const float *a, const float *b, int64_t d) { return dot(a, b, d, b); }
 
-// a . d + b . c, without rounding: the two middle terms of (a + b / 254) . (c + d / 254). `total` is the sum of all of
-// a's and b's elements.
-inline int32_t dot_crosswise(const int8_t *a, const int8_t *b, const int8_t *c, const int8_t *d, int64_t width,
-                             [[maybe_unused]] int32_t total) {
+// How many rows are multiplied with one at a time, so that this one is read once for all of them.
+constexpr int AT_ONCE = LANES == 16 ? 4 : 2;
+
+// The dot products of a row with K others, each as `dot` gives it, bit for bit.
+template <int K>
+inline void dots(const float *a, const float *const *b, int64_t d, float *out) {
+    Vec s[K][4]{};
+    int64_t c = 0;
+    for (; c + 4 * LANES <= d; c += 4 * LANES)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            const Vec v = load(a + c + i * LANES);
+#pragma GCC unroll 4
+            for (int k = 0; k < K; k++) s[k][i] += v * load(b[k] + c + i * LANES);
+        }
+    for (; c + LANES <= d; c += LANES)
+        for (int k = 0; k < K; k++) s[k][0] += load(a + c) * load(b[k] + c);
+    for (int k = 0; k < K; k++) {
+        out[k] = sum((s[k][0] + s[k][1]) + (s[k][2] + s[k][3]));
+        for (int64_t t = c; t < d; t++) out[k] += a[t] * b[k][t];
+    }
+}
+
 #if defined(__AVX512VNNI__)
-    // The instruction multiplies unsigned bytes with signed ones, so 128 is added to c and d, and taken off at the end.
-    const __m512i sign = _mm512_set1_epi8(-128);
-    __m512i s0 = _mm512_setzero_si512(), s1 = s0;
-    const auto add = [&](const auto &at) {
-        s0 = _mm512_dpbusd_epi32(s0, _mm512_xor_si512(at(d), sign), at(a));
-        s1 = _mm512_dpbusd_epi32(s1, _mm512_xor_si512(at(c), sign), at(b));
-    };
+// at(a pointer) for every 64 bytes, of which the last may have fewer.
+template <class At>
+inline void for_bytes(int64_t width, const At &at) {
     int64_t i = 0;
-    for (; i + 64 <= width; i += 64) add([i](const int8_t *p) { return _mm512_loadu_si512(p + i); });
+    for (; i + 64 <= width; i += 64) at([i](const int8_t *p) { return _mm512_loadu_si512(p + i); });
     const __mmask64 left = (1ull << (width - i)) - 1;
-    if (left) add([i, left](const int8_t *p) { return _mm512_maskz_loadu_epi8(left, p + i); });
-    return _mm512_reduce_add_epi32(_mm512_add_epi32(s0, s1)) - 128 * total;
+    if (left) at([i, left](const int8_t *p) { return _mm512_maskz_loadu_epi8(left, p + i); });
+}
+#endif
+
+// The sum of the bytes of two rows.
+inline int32_t total_of(const int8_t *a, const int8_t *b, int64_t width) {
+#if defined(__AVX512VNNI__)
+    const __m512i ones = _mm512_set1_epi8(1);
+    __m512i s0 = _mm512_setzero_si512(), s1 = s0;
+    for_bytes(width, [&](const auto &get) {
+        s0 = _mm512_dpbusd_epi32(s0, ones, get(a));
+        s1 = _mm512_dpbusd_epi32(s1, ones, get(b));
+    });
+    return _mm512_reduce_add_epi32(_mm512_add_epi32(s0, s1));
 #else
-    int32_t sum = 0;
-    for (int64_t i = 0; i < width; i++) sum += a[i] * d[i] + b[i] * c[i];
-    return sum;
+    int32_t total = 0;
+    for (int64_t i = 0; i < width; i++) total += a[i] + b[i];
+    return total;
+#endif
+}
+
+// a . d + b . c for each of K pairs of rows c and d, without rounding: the two middle terms of (a + b / 254) . (c + d / 254).
+// `totals` are the sums of all of c's and d's elements.
+template <int K>
+inline void dots_crosswise(const int8_t *a, const int8_t *b, const int8_t *const *c, const int8_t *const *d,
+                           int64_t width, [[maybe_unused]] const int32_t *totals, int32_t *out) {
+#if defined(__AVX512VNNI__)
+    // The instruction multiplies unsigned bytes with signed ones, so 128 is added to a and b. Each of 16 lanes takes off
+    // its part beforehand, so that no sum of lanes leaves int32.
+    const __m512i sign = _mm512_set1_epi8(-128);
+    __m512i s0[K], s1[K];
+    for (int k = 0; k < K; k++) s0[k] = _mm512_set1_epi32(-8 * totals[k]), s1[k] = _mm512_setzero_si512();
+    for_bytes(width, [&](const auto &get) {
+        const __m512i v = _mm512_xor_si512(get(a), sign), w = _mm512_xor_si512(get(b), sign);
+#pragma GCC unroll 4
+        for (int k = 0; k < K; k++) {
+            s0[k] = _mm512_dpbusd_epi32(s0[k], v, get(d[k]));
+            s1[k] = _mm512_dpbusd_epi32(s1[k], w, get(c[k]));
+        }
+    });
+    for (int k = 0; k < K; k++) out[k] = _mm512_reduce_add_epi32(_mm512_add_epi32(s0[k], s1[k]));
+#else
+    for (int k = 0; k < K; k++) {
+        out[k] = 0;
+        for (int64_t i = 0; i < width; i++) out[k] += a[i] * d[k][i] + b[i] * c[k][i];
+    }
 #endif
 }
 

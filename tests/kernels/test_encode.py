@@ -275,6 +275,18 @@ def test_an_empty_batch_has_no_entries(backend, spec):
     assert [t.dtype for t in found] == [torch.int64, torch.int64, torch.float32]
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_widest_int8_rows_overflow_nothing(target, sign):
+    """Rows of nothing but large bytes and large rests; UBSan sees sums that leave int32 (scripts/sanitize.sh)."""
+    d = screen._WIDEST
+    x, rows = torch.full((2, d), 0.12649), sign * torch.full((9, d), 0.12649)
+    x[:, 0], rows[:, 0] = 0.127, sign * 0.127
+    rows *= 1 + 1e-6 * torch.arange(9)[:, None]
+    assert screen.kind_of("auto", d) == "int8"
+    found, expected = (encode_select(x, rows.T, torch.zeros(9), Largest(3), precision=p) for p in ("auto", "fp32"))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 def prepared(rows: torch.Tensor, precision: Precision) -> Screen:
     """Of rows that a step of the optimiser has just changed."""
     moments = torch.zeros_like(rows), torch.zeros_like(rows)

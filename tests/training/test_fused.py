@@ -10,8 +10,10 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from unweave import kernels
 from unweave._errors import UnweaveError
-from unweave.kernels import cpu, screen
+from unweave.kernels import cpu, scratch, screen
+from unweave.models import Meter
 from unweave.objectives import L1, AuxK, GhostGradients, Matryoshka, MultiTopK, PreActivation, TargetL0
 from unweave.sae import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from unweave.training import SAEConfig, fused
@@ -198,7 +200,8 @@ def test_dense_execution_equals_sparse(problem, chunk):
     for dense in (False, True):
         trainee.fused.dense = dense
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("unweave.training.dense.CHUNK_ROWS", chunk)
+            for name in ("CHUNK_ROWS", "CHUNK_LATENTS"):
+                patch.setattr(f"unweave.training.dense.{name}", chunk)
             steps.append(run(trainee, x))
     compare(*steps, dict(trainee.sae.named_parameters()))
 
@@ -323,6 +326,53 @@ def test_execution_changes_with_hysteresis(monkeypatch):
     assert at.step(0.5) == (True, True)
 
 
+def test_a_first_step_that_is_surely_dense_is_not_tried_sparsely(monkeypatch):
+    tried = []
+    select = kernels.encode_select
+    monkeypatch.setattr(kernels, "encode_select", lambda *args, **kwargs: tried.append(1) or select(*args, **kwargs))
+    assert Densities(monkeypatch).step(0.5) == (True, True)
+    assert not tried
+    at = Densities(monkeypatch)
+    assert at.step(0.03) == (False, False)
+    assert at.step(0.5) == (True, True)  # later ones are
+    assert len(tried) == 2
+
+
+def test_memory_of_dense_steps_is_given_back_after_the_last_one(monkeypatch):
+    monkeypatch.setattr(scratch._pool, "buffers", {})
+    at = Densities(monkeypatch)
+    at.step(0.5)
+    assert set(fused.DENSE_SCRATCH) & set(scratch.scratch_sizes())
+    at.step(0.03)
+    assert not set(fused.DENSE_SCRATCH) & set(scratch.scratch_sizes())
+
+
+def memory_of_a_step(monkeypatch, config, n, d):
+    """Bytes that a step takes at its peak beside its inputs, the weights and their gradients."""
+    trainee, x = make(config, n=n, d=d)
+    monkeypatch.setattr(scratch._pool, "buffers", {})
+    with Meter() as meter:
+        step = trainee.fused(x, trainee.dead, 0.0, None)
+    assert all(g.slot is None for g in step.grads.values() if isinstance(g, RowGrad))
+    return meter.peak - 2 * 4 * d * config.d_sae
+
+
+def test_a_dense_step_takes_far_less_than_its_codes(monkeypatch):
+    n, d, m = 4096, 32, 1024
+    for activation in (ReLU(), JumpReLU(0.01, 0.2)):
+        config = SAEConfig(d_sae=m, activation=activation, sparsity=None, precision="bf16")
+        assert memory_of_a_step(monkeypatch, config, n, d) < 0.25 * 4 * n * m
+
+
+def test_prefixes_take_no_memory_of_their_own(monkeypatch):
+    """What flows back to each prefix' reconstruction lies where the gradient of W_enc comes."""
+    n, d, m = 256, 256, 1024
+    plain = SAEConfig(d_sae=m, activation=BatchTopK(8), precision="fp32")
+    nested = dataclasses.replace(plain, matryoshka=Matryoshka((0.25, 0.5, 0.75)))
+    taken = [memory_of_a_step(monkeypatch, config, n, d) for config in (plain, nested)]
+    assert taken[1] < taken[0] + 4 * n * d
+
+
 def test_a_window_counts_as_density(monkeypatch):
     """What JumpReLU's thresholds look at costs sparse execution as much as what is active."""
     at = Densities(monkeypatch, JumpReLU(0.05, bandwidth=2.0))
@@ -346,6 +396,19 @@ def test_a_resumed_run_stays_dense(monkeypatch):
     assert own["dense"] == other["dense"]
     for part in ("sae", "optimizer"):
         torch.testing.assert_close(own[part], other[part], rtol=0, atol=0)
+
+
+def test_a_resumed_run_takes_no_first_step(monkeypatch):
+    """Whether that is dense is asked of the batch: a resumed run that asked could differ from one that went through."""
+    at = Densities(monkeypatch)
+    raw = at.x / at.trainee.scale
+    at.step(0.03)
+    at.trainee.step(raw)
+    assert not at.trainee.fused.dense
+    resumed = make(at.trainee.config, n=50, d=20)[0]
+    resumed.load_state_dict(copy.deepcopy(at.trainee.state_dict()))
+    monkeypatch.setattr(fused.Fused, "_surely_dense", lambda *args: pytest.fail("it was asked"))
+    resumed.step(raw)
 
 
 @pytest.mark.parametrize("activation", [TopK(4), BatchTopK(4), ReLU(), JumpReLU(0.3, 0.2), Gated()], ids=str)

@@ -17,7 +17,7 @@ from unweave.cli import main
 from unweave.kernels.scratch import _pool
 from unweave.models import Meter
 from unweave.objectives import AuxK
-from unweave.sae import TopK
+from unweave.sae import ReLU, TopK
 from unweave.training import SAEConfig, TrainConfig, train
 from unweave.training.buffers import Buffer, peak, size
 from unweave.training.dense import auxk_bytes, auxk_gradients
@@ -150,6 +150,33 @@ def test_a_plan_knows_what_dead_latents_take(d, dead, low, monkeypatch):
         auxk_gradients(trainee.sae, 1.0, residual, residual, torch.arange(dead), 32, low)
     assert meter.peak / 1.2 < auxk_bytes(1024, d, dead, low) < meter.peak * 1.2
     assert Fused(trainee.sae, trainee.config, k_aux=0).revival_bytes(1024, dead) == 0
+
+
+def test_a_plan_that_measured_dense_steps_knows_what_sparse_ones_take(texts, tiny_model):
+    sae = SAEConfig(2048, ReLU(), auxk=AuxK(coefficient=0), precision="bf16")
+    config = TrainConfig(
+        model="tiny", hooks=("resid_post.0",), saes=(sae,), tokens=40_000, batch_size=2048, buffer=4096,
+        text=DataConfig(context=16, held_out=0.0),
+    )  # fmt: skip
+    x = torch.randn(2048, 16)
+    trainee = Trainee(sae, x, steps=10, tokens=40_000, seed=0)
+    if trainee.fused is None:
+        pytest.skip("steps go through autograd here")
+    plans = [replace(config, saes=(replace(sae, precision=precision),)) for precision in ("bf16", "fp32")]
+    half, full = (uw.plan(c, model=tiny_model, data=texts, seconds=0) for c in plans)
+    kept = [plan.buffer("weights, gradients and moments") for plan in (half, full)]
+    assert kept[0] - kept[1] == 2 * 2048 * 16  # the encoder in bf16, which sparse steps have
+    trainee.step(x)
+    assert trainee.fused.dense
+    pre = ((x * trainee.scale - trainee.sae.b_dec) @ trainee.sae.W_enc).detach().flatten()
+    bias = -pre.kthvalue(round(0.962 * len(pre))).values.item()
+    trainee.sae.b_enc.data.fill_(bias)
+    trainee.step(x)
+    assert not trainee.fused.dense
+    trainee.sae.b_enc.data.fill_(bias)
+    with Meter() as meter:
+        trainee.step(x)
+    assert half.buffer("step") / 1.5 < meter.peak < half.buffer("step") * 1.1
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,12 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float3
     return buffer[:wanted].view(dtype).view(shape)
 
 
+def forget(*names: str) -> None:
+    """Give back this thread's memory of some uses; where they come again, it is allocated anew."""
+    for name in names:
+        _pool.buffers.pop(name, None)
+
+
 def scratch_sizes() -> dict[str, int]:
     """Bytes that `scratch` holds for this thread, by name; where more is needed, it is allocated anew."""
     return {name: len(buffer) for name, buffer in _pool.buffers.items()}

@@ -25,7 +25,7 @@ _COARSEST = 0.02
 """Relative rounding of inputs above which int8 leaves too many candidates: a few large dimensions take its range."""
 _NARROWEST = 256
 """Width from which an int8 product saves more than its candidates cost."""
-_WIDEST = 2**30 // 127**2
+_WIDEST = 2**30 // 128**2
 """Width up to which two sums of an int8 product together fit into int32."""
 
 

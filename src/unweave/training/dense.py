@@ -22,7 +22,10 @@ from unweave.training.config import SAEConfig
 from unweave.training.optimizer import RowGrad, squares_of
 from unweave.training.step import Step
 
-CHUNK_ROWS = 768
+CHUNK_ROWS = CHUNK_LATENTS = 512
+_ROOMS = ("pre-activations", "codes")
+DENSE_SCRATCH = (*_ROOMS, "rounded W_dec", "rounded W_enc")
+"""Uses of scratch memory that only dense execution has, or that it has much of."""
 
 
 class Aux(NamedTuple):
@@ -58,8 +61,7 @@ def auxk_gradients(
     loss, none, g_bias = residual.new_zeros(()), residual.new_zeros(c), residual.new_zeros(c)
     g_dec, g_enc = (scratch(f"gradient of dead {name}", (c, d)).zero_() for name in ("W_dec", "W_enc"))
     rows = _auxk_rows(len(residual), c)
-    rooms = [scratch(name, (min(rows, len(residual)), c), dtype) for name in ("codes", "back")]
-    products = scratch("weight products", (c, d), dtype)
+    rooms = [scratch(name, (min(rows, len(residual)), c), dtype) for name in _ROOMS]
     for e, x in zip(residual.split(rows), centred.split(rows), strict=True):
         x = x.to(dtype)
         codes, back = (room[: len(x)] for room in rooms)
@@ -73,13 +75,13 @@ def auxk_gradients(
         out = error.mul_(2 * weight).to(dtype)
         torch.mm(out, W_dec.T, out=back)
         cpu.dense_back(back, codes, none, none, 0.0, g_bias, none, none)
-        _add(g_dec, torch.mm(codes.T, out, out=products))
-        _add(g_enc, torch.mm(back.T, x, out=products))
+        _add_products(g_dec, codes, out)
+        _add_products(g_enc, back, x)
     return Aux(loss, latents, g_dec, g_enc, g_bias)
 
 
 def auxk_bytes(n: int, d: int, c: int, low: bool) -> int:
-    """Memory that `auxk_gradients` takes: rows of both weights in the products' type, their gradients, and a chunk.
+    """Memory that `auxk_gradients` takes: both weights in the products' type, their gradients, and a chunk.
 
     Args:
         n: Tokens of a batch.
@@ -88,7 +90,7 @@ def auxk_bytes(n: int, d: int, c: int, low: bool) -> int:
         low: Whether products are made in bf16.
     """
     size, rows = 2 if low else 4, min(n, _auxk_rows(n, c))
-    return c * d * (3 * size + 8) + rows * (2 * c * size + 8 * d)
+    return c * d * (2 * size + 8) + min(c, CHUNK_LATENTS) * d * size + rows * (2 * c * size + 8 * d)
 
 
 def _auxk_rows(n: int, c: int) -> int:
@@ -112,7 +114,11 @@ def dense_gradients(
     """
     dtype, (n, d), m = torch.bfloat16 if low else torch.float32, centred.shape, sae.d_sae
     rows_dec, rows_enc = sae.W_dec.detach(), sae.W_enc.detach().T
-    W_dec, W_enc, bias = rows_dec.to(dtype), rows_enc.to(dtype), sae.b_enc.detach().to(dtype)
+    W_dec, W_enc = (
+        w if w.dtype == dtype else scratch(name, (m, d), dtype).copy_(w)
+        for name, w in (("rounded W_dec", rows_dec), ("rounded W_enc", rows_enc))
+    )
+    bias = sae.b_enc.detach().to(dtype)
     jump = sae.activation if isinstance(sae.activation, JumpReLU) else None
     theta = centred.new_zeros(m) if sae.threshold is None else sae.threshold.detach()
     norms = rows_dec.norm(dim=1) if isinstance(config.sparsity_term, L1) else None
@@ -124,27 +130,28 @@ def dense_gradients(
     residual = scratch("residual", centred.shape) if len(latents) else None
     chunk = max(16, min(CHUNK_ROWS, 2**24 // m))
     squared_error = centred.new_zeros((), dtype=torch.float64)
-    buffers = [scratch(name, (min(chunk, n), m), dtype) for name in ("products", "codes", "back")]
-    products = scratch("weight products", (m, d), dtype)
+    rooms = [scratch(name, (min(chunk, n), m), dtype) for name in _ROOMS]
+    rooms += [scratch(name, (min(chunk, n), d), dtype) for name in ("rounded inputs", "rounded output")]
+    errors = scratch("errors", (min(chunk, n), d))
     for start in range(0, n, chunk):
         rows = slice(start, start + chunk)
-        inputs = centred[rows].to(dtype)
-        pre, codes, back = (b[: len(inputs)] for b in buffers)
+        target = centred[rows]  # what is centred is reconstructed without the bias
+        pre, codes, inputs, out, error = (room[: len(target)] for room in (*rooms, errors))
+        inputs.copy_(target)
         torch.addmm(bias, inputs, W_enc.T, out=pre)
         if not cpu.dense_codes(pre, theta, codes, active, sums):
             bad = int((~pre.isfinite()).any(1).nonzero()[0])
             raise UnweaveError(f"training step: pre-activations of row {start + bad} are NaN or infinite.")
-        error = (codes @ W_dec).float().sub_(centred[rows])  # what is centred is reconstructed without the bias
+        error.copy_(torch.mm(codes, W_dec, out=out)).sub_(target)
         squared_error += kernels.squared_norm(error)
         if residual is not None:
             residual[rows] = -error
-        out = error.mul_(2 / n)
-        out_sum += cpu.sum_rows(out)
-        out = out.to(dtype)
-        torch.mm(out, W_dec.T, out=back)
+        out_sum += cpu.sum_rows(error.mul_(2 / n))
+        out.copy_(error)
+        _add_products(g_dec, codes, out)
+        back = torch.mm(out, W_dec.T, out=codes)  # which are done with
         cpu.dense_back(back, pre, theta, add, jump.bandwidth / 2 if jump else 0.0, g_bias, windows, towards)
-        _add(g_dec, torch.mm(codes.T, out, out=products))
-        _add(g_enc, torch.mm(back.T, inputs, out=products))
+        _add_products(g_enc, back, inputs)
 
     loss, l0 = (squared_error / n).float(), kernels.ordered_sum(active)
     if norms is not None:
@@ -161,7 +168,7 @@ def dense_gradients(
         g_enc[latents] += aux.W_enc
         g_bias[latents] += aux.b_enc
     if config.decoder_is_unit:
-        for g, w in zip(g_dec.split(CHUNK_ROWS), rows_dec.split(CHUNK_ROWS), strict=True):
+        for g, w in zip(g_dec.split(CHUNK_LATENTS), rows_dec.split(CHUNK_LATENTS), strict=True):
             g.addcmul_(torch.linalg.vecdot(g, w)[:, None], w, value=-1)
     grads: dict[str, Tensor | RowGrad] = {
         "W_dec": g_dec, "W_enc": g_enc.T, "b_enc": g_bias, "b_dec": out_sum - cpu.sum_rows(rows_enc, g_bias),
@@ -172,7 +179,8 @@ def dense_gradients(
     return Step(loss, squared_error, l0, active > 0, None, grads, squares), l0.item() / (n * m)
 
 
-def _add(total: Float[Tensor, "m d"], products: Float[Tensor, "m d"]) -> None:
-    """Add in place, a few rows at a time: PyTorch makes a copy of what is of another type."""
-    for rows, added in zip(total.split(CHUNK_ROWS), products.split(CHUNK_ROWS), strict=True):
-        rows += added
+def _add_products(total: Float[Tensor, "m d"], codes: Float[Tensor, "r m"], x: Float[Tensor, "r d"]) -> None:
+    """Add `codes.T @ x` in place, a few latents at a time, whose products are still in cache when they are added."""
+    products = scratch("weight products", (min(CHUNK_LATENTS, len(total)), total.shape[1]), codes.dtype)
+    for rows, some in zip(total.split(CHUNK_LATENTS), codes.split(CHUNK_LATENTS, dim=1), strict=True):
+        rows += torch.mm(some.T, x, out=products[: len(rows)])

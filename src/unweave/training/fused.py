@@ -17,16 +17,20 @@ from torch.nn.functional import pad
 from unweave import kernels
 from unweave.kernels import cpu
 from unweave.kernels.dispatch import backend
-from unweave.kernels.scratch import scratch
+from unweave.kernels.scratch import forget, scratch
+from unweave.kernels.screen import kind_of
 from unweave.objectives import L1, RandomMatryoshka, TargetL0
 from unweave.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from unweave.training.config import SAEConfig
-from unweave.training.dense import Aux, auxk_bytes, auxk_gradients, dense_gradients
+from unweave.training.dense import DENSE_SCRATCH, Aux, auxk_bytes, auxk_gradients, dense_gradients
 from unweave.training.optimizer import RowGrad, squares_of
 from unweave.training.step import Step
 
 SPARSE_BELOW, DENSE_ABOVE = 0.04, 0.06
 """Densities at which execution changes from dense to sparse and back; between them it stays as it is."""
+_FIRST_ROWS = 32
+_ENTRY_BYTES = 45
+"""What a sparse step takes for each code at its peak: indices, values, gradients, and their order by latent."""
 
 
 def supports(config: SAEConfig, sae: SAE) -> bool:
@@ -61,6 +65,8 @@ class Fused:
     k_aux: int = 0
     dense: bool = False
     """Whether the last step was dense enough for dense products."""
+    begun: bool = False
+    """Whether a step was taken, or tried."""
     bound: float | None = None
     """Smallest winner of the last batch (BatchTopK)."""
 
@@ -83,6 +89,8 @@ class Fused:
         latents = dead.nonzero().flatten() if self.k_aux else dead.new_empty(0, dtype=torch.int64)
         # The precision is the configuration's, whatever surrounds the step.
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            if not self.begun:
+                self.begun, self.dense = True, self.dense or self._surely_dense(centred)
             if not self.dense:
                 try:
                     return self._sparse(centred, latents, penalty, screen, low)
@@ -91,12 +99,29 @@ class Fused:
                         raise  # its dense form is autograd's
             step, density = dense_gradients(self.sae, self.config, centred, latents, self.k_aux, penalty, low)
         self.dense = density > SPARSE_BELOW
+        if not self.dense:
+            forget(*DENSE_SCRATCH)  # sparse steps need the memory for other things
         return step
 
     def revival_bytes(self, n: int, c: int) -> int:
         """Memory that a step of `n` tokens takes besides once `c` latents are dead."""
         low = kernels.low(self.config.precision, "cpu")
         return auxk_bytes(n, self.sae.d_in, c, low) if self.k_aux else 0
+
+    def sparse_bytes(self, n: int) -> tuple[int, int]:
+        """Memory that dense execution leads to once it turns sparse: lasting, and more in a step of `n` tokens."""
+        m, d = self.sae.W_dec.shape
+        screen = 0 if kind_of(self.config.precision, d) == "fp32" else 2 * m * d
+        return screen, round(SPARSE_BELOW * n * m) * _ENTRY_BYTES
+
+    def _surely_dense(self, centred: Tensor) -> bool:
+        """Whether a few rows are so dense that a sparse step, which leaves memory behind, need not be tried first."""
+        sae, rows = self.sae, centred[:: max(1, len(centred) // _FIRST_ROWS)][:_FIRST_ROWS]
+        spec = sae.activation.selection(sae.threshold, len(rows))
+        if not isinstance(spec, kernels.Above) or self.widths or isinstance(self.config.activation, Gated):
+            return False
+        above = torch.addmm(sae.b_enc, rows, sae.W_enc) > spec.bounds
+        return above.float().mean().item() > 2 * DENSE_ABOVE
 
     def _select(self, centred: Tensor, screen: kernels.Screen | None) -> kernels.Selection:
         sae, config = self.sae, self.config
@@ -135,8 +160,8 @@ class Fused:
         offsets = pad((counts if groups == 1 else _counts_by_group(indices, counts, self.widths)).cumsum(0), (1, 0))
         scales = centred.new_full((groups,), 2 / (n * groups))
         residual = scratch("residual", centred.shape) if len(latents) else None
-        # The output's gradient takes the memory of the products, which selection is done with.
-        room, gate = scratch("products", (n * groups, d)), None
+        # The output's gradient takes the memory of W_enc's, which is made when that of the output is done with.
+        room, gate = scratch("gradient of W_enc", (n * groups, d)), None
         if isinstance(config.activation, Gated):
             # The gate reconstructs by itself, with the decoder frozen: its output's gradient is not used.
             rows, scale = pad(counts.cumsum(0), (1, 0)), centred.new_full((1,), 2 / n)
@@ -177,6 +202,7 @@ class Fused:
             aux = auxk_gradients(sae, config.auxk.coefficient, residual, centred, latents, self.k_aux, low)
             loss = loss + aux.loss
         pre_grad = code_grad.mul_(active) if gate is None else code_grad.add_(gate.code_grad)
+        out_sum = cpu.sum_rows(grad.view(n, groups, d)[:, 0])
         grads, squares = self._weight_gradients(indices, offsets, codes, pre_grad, grad, centred, aux, along)
         sums_of_pre = _by_latent(indices, pre_grad, m)
         # A gate's bias is taken out of the magnitudes again.
@@ -185,7 +211,7 @@ class Fused:
             sums_of_pre[latents] += aux.b_enc
             b_enc_grad[latents] += aux.b_enc
         grads["b_enc"] = b_enc_grad
-        grads["b_dec"] = cpu.sum_rows(grad.view(n, groups, d)[:, 0]) - cpu.sum_rows(sae.W_enc.detach().T, sums_of_pre)
+        grads["b_dec"] = out_sum - cpu.sum_rows(sae.W_enc.detach().T, sums_of_pre)
         grads |= own
         squares = squares + squares_of(grads)
         fired = _by_latent(indices, active, m)
@@ -198,7 +224,10 @@ class Fused:
         self, indices: Tensor, offsets: Tensor, codes: Tensor, pre_grad: Tensor, grad: Tensor, centred: Tensor,
         aux: Aux | None, along: Tensor | None,
     ) -> tuple[dict[str, Tensor | RowGrad], Tensor]:  # fmt: skip
-        """Gradients of W_dec and W_enc, of the latents that have one, and the sum of their squares."""
+        """Gradients of W_dec and W_enc, of the latents that have one, and the sum of their squares.
+
+        `grad` may lie where the gradient of W_enc comes, and is overwritten then.
+        """
         m, d = self.sae.W_dec.shape
         by_latent = kernels.transpose(indices, offsets, m)
         touched = by_latent.offsets.diff() > 0

@@ -235,9 +235,13 @@ def with_steps(
             trainee.step(*site.rows(batch))
         step_seconds += typical_seconds(partial(step_once, trainee, site, batch))
         start = max(start, n * per_token + building.peak - building.live)
-        step = max(step, first.peak - first.live, second.peak)
+        later = second.peak
+        if trainee.fused is not None and trainee.fused.dense:
+            screen, more = trainee.fused.sparse_bytes(config.batch_size)
+            held, later = held + screen, later + more
+        step = max(step, first.peak - first.live, later)
         if trainee.fused is not None and (more := trainee.fused.revival_bytes(config.batch_size, sae.d_sae // 2)):
-            reviving = max(reviving, second.peak + more)
+            reviving = max(reviving, later + more)
         elif trainee.fused is None and revives(trainee):
             some = config.batch_size * (sae.d_sae // 2) * 2 * 4  # pre-activations and their gradients
             check_memory([*buffers, Buffer("step if half the latents die", some, at, lasting=False, lower="d_sae")], at)

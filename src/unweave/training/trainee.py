@@ -214,7 +214,7 @@ class Trainee:
                 rates,
                 grad_scale=clip,
                 unit="W_dec" if config.decoder_is_unit else None,
-                screen=None if self.fused is None else ("W_enc", config.precision),
+                screen=None if self.fused is None or self.fused.dense else ("W_enc", config.precision),
                 instead_of=self._screen,
             )
         self._screen_of = state_of(sae.W_enc)
@@ -294,7 +294,7 @@ class Trainee:
         set_window(self, state["bandwidth"])
         self._screen = self.dead_counted = None  # of the weights before
         if self.fused is not None:
-            self.fused.dense = bool(state.get("dense"))
+            self.fused.dense, self.fused.begun = bool(state.get("dense")), self.step_count > 0
 
 
 @torch.no_grad()
