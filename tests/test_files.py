@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from unweave._errors import UnweaveError
-from unweave._files import write_tensors
+from unweave._files import remove_leftovers, write_tensors
 from unweave._mapped import DTYPES, blocks, map_tensors
 
 
@@ -113,3 +113,17 @@ def test_writing_takes_no_memory_of_its_own(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="says so of no process that nobody waited for")
+def test_a_process_that_ended_is_dead_before_it_was_waited_for(tmp_path: Path) -> None:
+    """So that what it left is removed by those that were started with it."""
+    left, kept = tmp_path / ".a.{}.tmp", tmp_path / ".b.{}.tmp"
+    with subprocess.Popen(["true"], stdout=subprocess.PIPE) as ended, subprocess.Popen(["sleep", "60"]) as lives:
+        paths = [Path(str(path).format(process.pid)) for path, process in ((left, ended), (kept, lives))]
+        for path in paths:
+            path.mkdir()
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        remove_leftovers(tmp_path)
+        assert list(tmp_path.iterdir()) == paths[1:]
+        lives.kill()

@@ -139,8 +139,38 @@ def remove_leftovers(folder: Path, ours: Callable[[str], bool] = lambda name: Tr
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+@contextmanager
+def claimed(lock: Path) -> Iterator[bool]:
+    """Hold a lock file for the length of the block; yields False at once if another process holds it.
+
+    The lock of a process that is killed is free. The file stays.
+
+    Raises:
+        UnweaveError: The system or the disk has no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        raise UnweaveError("several processes share images out by file locks, which this system lacks.") from None
+    with lock.open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            raise UnweaveError(
+                f"several processes share images out by file locks, and {str(lock)!r} cannot be locked: "
+                f"{error.strerror or error}."
+            ) from error
+        yield True
+
+
 def _lives(process: int) -> bool:
-    """Whether a process of this number is running here, and is not this one."""
+    """Whether a process of this number is running here, and is not this one.
+
+    One that has ended, and that whoever started it has not asked about yet, does not run, but can be signalled.
+    """
     if process == os.getpid():
         return False
     try:
@@ -149,7 +179,10 @@ def _lives(process: int) -> bool:
         return False
     except OSError:
         return True
-    return True
+    try:
+        return b") Z " not in Path(f"/proc/{process}/stat").read_bytes()
+    except OSError:  # not every system tells
+        return True
 
 
 def write_json(path: str | Path, value: Any) -> None:

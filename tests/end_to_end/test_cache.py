@@ -1,7 +1,9 @@
-"""`unweave cache` and `unweave train` on a cache as real processes, some of them killed without warning."""
+"""`unweave cache` and `unweave train` on a cache, some of them real processes that are killed without warning."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import random
 import shutil
@@ -61,12 +63,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     out = tmp_path_factory.mktemp("whole") / "cache"
-    done = subprocess.run(
-        command("cache", "--data", text, "--out", out, *CACHE), capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"{TOKENS:,} tokens for training, 300 held out" in done.stdout
-    assert "shuffle: entropy over documents" in done.stdout
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        unweave("cache", "--data", text, "--out", out, *CACHE)
+    assert f"{TOKENS:,} tokens for training, 300 held out" in printed.getvalue()
+    assert "shuffle: entropy over documents" in printed.getvalue()
     return out
 
 

@@ -6,8 +6,9 @@ little between Python minor versions: hash what a published number depends on.
 
 from __future__ import annotations
 
+import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 _NEVER = {"site-packages", "dist-packages", "__pycache__", "pydoc_data", "lib2to3", "config"}
@@ -29,13 +30,26 @@ def standard_library_text(*, everything: bool = False, min_chars: int = 200) -> 
 
     yield from (text for _, text in sorted(topics.items()) if len(text) >= min_chars)
 
-    root = Path(sysconfig.get_path("stdlib"))
     skipped = _NEVER if everything else _NEVER | _TESTS_AND_TABLES
-    for path in sorted(root.rglob("*.py")):
-        if skipped.isdisjoint(path.relative_to(root).parts[:-1]):
-            try:
-                text = path.read_text(encoding="utf-8")
-            except UnicodeDecodeError:  # a few tests are written in other encodings on purpose
-                continue
-            if len(text) >= min_chars:
-                yield text
+    for path in _sources(sysconfig.get_path("stdlib"), skipped):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:  # a few tests are written in other encodings on purpose
+            continue
+        if len(text) >= min_chars:
+            yield text
+
+
+def _sources(folder: str, skipped: Set[str]) -> Iterator[Path]:
+    """The `.py` files of a folder and below, by name. Skipped folders are not listed: one holds every package."""
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError:  # of a Python that lies in a zip file, or a folder that others may not read
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            if entry.name not in skipped:
+                yield from _sources(entry.path, skipped)
+        elif entry.name.endswith(".py"):
+            yield Path(entry.path)

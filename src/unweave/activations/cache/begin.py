@@ -9,7 +9,7 @@ from typing import Any
 from unweave._errors import UnweaveError
 from unweave._files import write_json
 from unweave.activations.cache.folder import hashed, is_cache, read_manifest
-from unweave.activations.cache.format import FORMAT, MANIFEST, NAMED, TOKENS, VERSION, hash_of
+from unweave.activations.cache.format import FORMAT, IMAGES, MANIFEST, NAMED, TOKENS, VERSION, hash_of
 from unweave.activations.tokenized.writer import difference
 
 
@@ -62,6 +62,10 @@ def _another(out: Path, key: str, was: Any, here: Any) -> str:
 
 
 def is_of_rank(name: str, rank: int, world: int) -> bool:
-    """Whether a temporary file or folder is one that this process would write."""
+    """Whether a temporary file or folder is one that this process would write, and no other one.
+
+    Of several, each may write the manifest, on machines from where it is not seen that it lives.
+    """
     number = name.rpartition("_")[2]
-    return name in (MANIFEST, f"{TOKENS}-{rank}") or (number.isdigit() and int(number) % world == rank)
+    alone = (MANIFEST, IMAGES) if world == 1 else ()
+    return name in (*alone, f"{TOKENS}-{rank}") or (number.isdigit() and int(number) % world == rank)

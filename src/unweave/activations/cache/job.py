@@ -11,7 +11,7 @@ import torch
 
 from unweave.activations.cache.format import shard_folder, slugs
 from unweave.activations.cache.rows import FewRows
-from unweave.activations.cache.shards import ShardWriter, check_space, new_shard, read_shard
+from unweave.activations.cache.shards import ShardWriter, check_space, new_shard, read_shard, size_below
 from unweave.activations.live import ActivationStream
 from unweave.activations.masks import MaskConfig, kept_positions
 from unweave.activations.rows import Rows
@@ -50,8 +50,8 @@ class Job:
         self._passed = 0
         self._running = self.model
 
-    def run(self, sides: Mapping[Side, Rows]) -> dict[Side, int]:
-        """Write this process's shards of each side, and return the number of tokens that each side has."""
+    def run(self, sides: Mapping[Side, Rows]) -> dict[Side, int] | None:
+        """Write this process's shards of each side, and return the number of tokens that each side has, if known."""
         totals: dict[Side, int] = dict.fromkeys(SIDES, 0)
         for side, rows in sides.items():
             if not self.wanted[side] or not len(rows.peek(1)):
@@ -69,9 +69,6 @@ class Job:
     def _shard(self, side: Side, number: int, rows: FewRows, limit: int, done: dict[str, Any] | None) -> int:
         """Write a shard, or pass over it, and return its number of tokens."""
         folder = self.out / shard_folder(side, number)
-        if done is not None and done.get("position"):
-            rows.go_to(done["position"], done["prompts"])
-            return self._report(done["rows"])
         if done is not None:
             self._pass_over(FewRows(rows, done["prompts"]))
             return self._report(done["rows"])
@@ -79,7 +76,7 @@ class Job:
             return self._report(min(self._pass_over(rows), limit))
         with new_shard(folder, self._slugs, self.made_from["dtype"]) as shard:
             self._fill(shard, rows, limit)
-            shard.finish({"prompts": rows.taken, "position": rows.position})
+            shard.finish({"prompts": rows.taken})
         return shard.rows
 
     def _pass_over(self, rows: FewRows) -> int:
@@ -89,7 +86,7 @@ class Job:
             n += int((batch.real & kept[: batch.real.shape[1]]).sum())
         return n
 
-    def _fill(self, shard: ShardWriter, rows: FewRows, limit: int) -> None:
+    def _fill(self, shard: ShardWriter, rows: Rows, limit: int) -> None:
         stream = self._stream(rows)
         while shard.rows < limit:
             try:
@@ -124,7 +121,6 @@ class Job:
         self._running = stream.model  # in its type: what comes from here on is not copied again
         widths = stream.widths().values()
         per_token = sum(width * item + per_hook for width in widths) + 8 * len(names)
-        there = sum(file.stat().st_size for file in self.out.glob("*/*") if file.is_file())
-        check_space(self.out, sum(self.wanted.values()) * per_token - there)
+        check_space(self.out, sum(self.wanted.values()) * per_token - size_below(self.out))
         kept = int(kept_positions(self.made_from["positions"], rows.context).sum())
         return max(1, self.made_from["shard_bytes"] // (self.made_from["prompts_per_pass"] * kept * per_token))

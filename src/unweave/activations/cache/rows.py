@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -124,17 +124,6 @@ class FolderRows:
         self._start = state["start"]
 
 
-@runtime_checkable
-class HasPosition(Protocol):
-    """Rows that are costly to read, and can be passed over without that."""
-
-    def position(self) -> dict[str, Any]:
-        """A place behind the last row that was served, as plain values."""
-        ...
-
-    def go_to(self, position: dict[str, Any]) -> None: ...
-
-
 class FewRows:
     """The next rows of others, up to a number of them."""
 
@@ -153,23 +142,6 @@ class FewRows:
 
     def peek(self, n: int) -> Batch:
         return self._rows.peek(min(n, self.left))
-
-    @property
-    def position(self) -> dict[str, Any] | None:
-        """Where other rows go on behind these, if they can without reading them."""
-        if isinstance(self._rows, FewRows):
-            return self._rows.position
-        return self._rows.position() if isinstance(self._rows, HasPosition) else None
-
-    def go_to(self, position: dict[str, Any], taken: int) -> None:
-        """Be where others were that had taken so many rows."""
-        if isinstance(self._rows, FewRows):
-            self._rows.go_to(position, taken)
-        else:
-            assert isinstance(self._rows, HasPosition)
-            self._rows.go_to(position)
-        self.left -= taken
-        self.taken += taken
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self._rows.state_dict(), "left": self.left, "taken": self.taken}

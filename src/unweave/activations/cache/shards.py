@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,7 +71,7 @@ class ShardWriter:
             file.close()
             path = self.folder / name
             files[name] = {"bytes": path.stat().st_size, "blake2b": checksum(path)}
-        widths = {hook: self._shapes[f"{slug}.npy"][1][0] for hook, slug in self.hooks.items()}
+        widths = {hook: self._shapes[f"{slug}.npy"][1][0] for hook, slug in self.hooks.items() if files}
         records = {name: self._shapes[f"{name}.npy"][0].str for name in self._records}
         about = {"rows": self.rows, **extra, "widths": widths, "records": records, "files": dict(sorted(files.items()))}
         write_json(self.folder / SHARD, about)
@@ -121,6 +122,16 @@ def read_shard(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return about if whole else None
+
+
+def size_below(folder: Path) -> int:
+    """Bytes of the files in a folder and below it, of which other processes may rename or delete some meanwhile."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.stat(os.path.join(parent, name)).st_size
+    return total
 
 
 def check_space(folder: Path, n_bytes: int) -> None:

@@ -2,9 +2,9 @@
 
     data -> tokens/ (the rows, each with its documents) -> passes of the model -> shards -> manifest.json
 
-A shard is a fixed run of passes, so what it holds depends on neither the process that writes it nor what was written
-before: processes share the shards out among themselves, and a cache that is resumed has the bytes of one that was not
-interrupted.
+A shard is a fixed run of passes, or of images, so what it holds depends on neither the process that writes it nor what
+was written before: processes share the shards out among themselves, and a cache that is resumed has the bytes of one
+that was not interrupted.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from unweave._files import remove_leftovers, write_json
 from unweave.activations.cache.begin import begin, is_of_rank, manifest_head
 from unweave.activations.cache.folder import Cache, open_cache
 from unweave.activations.cache.format import IMAGES, MANIFEST, TOKENS, dtype_name, shard_folder, slugs
+from unweave.activations.cache.image_job import ImageJob
 from unweave.activations.cache.job import Job
 from unweave.activations.cache.rows import FolderRows, are_rows, write_tokens
 from unweave.activations.cache.shards import on_disk, read_shard
@@ -92,7 +93,8 @@ def cache(
         resume: Go on with an unfinished cache; its bytes will be those of one that was not interrupted.
         allow_fewer: Store what there is where the data end before `tokens`.
         rank: Which of `world` processes this is; None: the environment variable RANK, else 0. Each writes its share
-            of the shards into the same folder, and the last one to finish completes the cache.
+            of the shards into the same folder (of images, whichever shard nobody has begun), and the last one to finish
+            completes the cache.
         world: Number of processes; None: the environment variable WORLD_SIZE, else 1.
         device: Where to run; by default CUDA if there is any.
         progress: Called after each pass with the tokens stored so far and those to store, both of all ranks.
@@ -113,6 +115,9 @@ def cache(
     places = resolve_hooks(loaded.module, [hooks] if isinstance(hooks, str) else list(hooks))
     if loaded.vision is not None and not are_rows(data):
         data, held_out_data = image_sides(data, loaded, config)
+    of_images = isinstance(data, ImageRows)
+    if of_images and not isinstance(held_out_data, ImageRows | None):
+        raise UnweaveError("the training data are images and the held-out data are not.")
     config = config if isinstance(config, DataConfig) else None
     given = are_rows(data)
     config = config or config_of(data)
@@ -150,9 +155,10 @@ def cache(
     with on_disk(out):
         if begin(out, made_from, resume=resume or world > 1):
             return open_cache(out)
-        remove_leftovers(out, partial(is_of_rank, rank=rank, world=world))
+        if world == 1 or not of_images:  # whose shards are no rank's before it claims them
+            remove_leftovers(out, partial(is_of_rank, rank=rank, world=world))
         if source is None:
-            sides: dict[Side, Rows] = {"train": data}
+            sides: dict[Side, Any] = {"train": data}
             if held_out_data is not None:
                 sides["held_out"] = held_out_data
         else:
@@ -165,17 +171,23 @@ def cache(
                     if not any(out.iterdir()):
                         out.rmdir()
                 raise
-        totals = Job(out, loaded, runs_in, places, made_from, wanted, rank, world, progress).run(sides)
+        job = (ImageJob if of_images else Job)(
+            out, loaded, runs_in, places, made_from, wanted, rank, world, progress
+        )  # fmt: skip
+        totals = job.run(sides)
+        if totals is None:
+            return None
         for side, n in wanted.items():
             if totals[side] < n and not (fewer[side] and totals[side]):
                 raise UnweaveError(
                     f"the {side} rows end after {totals[side]:,} of {n:,} tokens: pass allow_fewer and resume to "
                     "store what there is."
                 )
-        if isinstance(data, ImageRows):
-            bad = [rows.position()["bad"] for rows in (data, held_out_data) if isinstance(rows, ImageRows)]
-            write_json(out / IMAGES, data.source.to_json() | {"bad": {k: v for each in bad for k, v in each.items()}})
+        if isinstance(job, ImageJob):
+            write_json(out / IMAGES, job.about_images())
         finished = _complete(out, made_from, totals, loaded, places)
+        for lock in out.glob(".*.lock") if finished else ():
+            lock.unlink(missing_ok=True)
     return open_cache(out) if finished else None
 
 
@@ -237,6 +249,7 @@ def _complete(
                 return False
             shards[side].append({"folder": folder} | shard)
         assert there == total
+        shards[side] = [shard for shard in shards[side] if shard["rows"]]  # all of its images may be bad
     first = shards["train"][0]
     files, known = slugs(made_from["hooks"]), aliases(model.module)
     tokenizer = model.tokenizer if made_from["rows"] == "text" else None

@@ -213,7 +213,8 @@ def _in_memory(data: Any, config: ImageConfig) -> Images:
     images = Images(name=f"{n} images in memory", fingerprint=digest(names), names=names)
     if pair:
         found = [ready_entry(i, data[i]) for i in range(n)]
-        images.ready, images.names, images.entry = True, [entry.name for entry in found], found.__getitem__
+        images.ready, images.first, images.entry = True, found[0], found.__getitem__
+        images.names = [entry.name for entry in found]
         _note_labels(images, found)
         return images
 
@@ -254,6 +255,7 @@ def _iterable(data: Iterable[Any]) -> Images:
 
     images = Images("the iterable of images", fingerprint="", names=[], stream=stream, ready=ready, once=once)
     if ready:
-        _note_labels(images, [ready_entry(0, first)])
+        images.first = ready_entry(0, first)
+        _note_labels(images, [images.first])
         images.labels = None
     return images

@@ -110,11 +110,8 @@ class Preparation:
         """
         if self.keeps_aspect:
             return self.layout.n_prefix + self.max_patches
-        module = pillow()
-        mode, counts = _MODES[self.layout.channels], set()
-        for width, height in ((256, 256), (512, 256), (256, 512)):  # a processor may not give the same size for each
-            mask = None if self.label_dtype is None else np.zeros((height, width), np.uint8)
-            counts.add(len(self.image(module.new(mode, (width, height)), mask).real))
+        shapes = ((256, 256), (512, 256), (256, 512))  # a processor may not give the same size for each
+        counts = {len(self._blank(height, width).real) for width, height in shapes}
         if len(counts) > 1:
             raise UnweaveError(
                 f"the processor of {self._name!r} gives images of different sizes: set size, or aspect='keep' with "
@@ -133,6 +130,24 @@ class Preparation:
         if mask.shape != (found.height, found.width):
             raise ValueError(f"its mask is of size {mask.shape}, the image of size {(found.height, found.width)}")
         return self.image(found, mask)
+
+    def example(self, ready: Entry | None) -> Prepared:
+        """A blank image as the model takes it, with blank labels, or a ready input without its own.
+
+        Raises:
+            UnweaveError: It does not fit the model.
+        """
+        if ready is None:
+            return self._blank(256, 256)
+        inputs = ready.open()
+        assert isinstance(inputs, dict)
+        real, kinds = self._tokens(inputs)
+        labels = None if self.label_dtype is None else self._spread(np.zeros(int((kinds == 0).sum()), int), kinds)
+        return Prepared(inputs, real, kinds, labels)
+
+    def _blank(self, height: int, width: int) -> Prepared:
+        mask = None if self.label_dtype is None else np.zeros((height, width), np.uint8)
+        return self.image(pillow().new(_MODES[self.layout.channels], (width, height)), mask)
 
     def image(self, image: Image, mask: Integer[np.ndarray, "h w"] | None = None) -> Prepared:
         """One image, with or without the class of each of its pixels."""
@@ -158,6 +173,11 @@ class Preparation:
         return rows, columns
 
     def _finish(self, inputs: Ready, labels: Integer[np.ndarray, " patches"] | None) -> Prepared:
+        real, kinds = self._tokens(inputs)
+        return Prepared(inputs, real, kinds, None if self.label_dtype is None else self._spread(labels, kinds))
+
+    def _tokens(self, inputs: Ready) -> tuple[Bool[Tensor, " positions"], UInt8[Tensor, " positions"]]:
+        """Which positions are real, and the kind of each."""
         pixels = inputs["pixel_values"]
         if self.layout.sizes == "list":
             real = inputs["pixel_attention_mask"].bool()
@@ -176,7 +196,7 @@ class Preparation:
                 )
             kinds = self.layout.kinds(rows * columns)
             real = torch.ones(len(kinds), dtype=torch.bool)
-        return Prepared(inputs, real, kinds, None if self.label_dtype is None else self._spread(labels, kinds))
+        return real, kinds
 
     def _spread(self, labels: Integer[np.ndarray, " patches"] | None, kinds: Tensor) -> Tensor:
         """The labels of the patches at their positions; 0 on other tokens, which `kinds` tells apart."""

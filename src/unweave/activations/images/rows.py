@@ -1,12 +1,12 @@
 """Rows of image tokens: images of one side of the held-out split, decoded ahead by threads, in a seeded order.
 
 Which images a run sees, and in which order, is a function of the data and the config alone: threads decode ahead, but
-are waited for in order. The position of a run is a place in an epoch's order, so resuming decodes nothing twice.
+are waited for in order. The position of a run is a place in an epoch's order, so resuming decodes nothing twice, and
+processes can share an epoch out by its places.
 """
 
 from __future__ import annotations
 
-import struct
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +15,6 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,19 +23,16 @@ from unweave.activations.images.bad import BadImages
 from unweave.activations.images.batch import ImageBatch
 from unweave.activations.images.config import ImageConfig
 from unweave.activations.images.listing import ImageData, open_images
+from unweave.activations.images.order import Order
 from unweave.activations.images.prepare import Preparation, Prepared
-from unweave.activations.images.source import Entry, digest
+from unweave.activations.images.source import UNREADABLE, Entry, digest
 from unweave.activations.split import held_out_cutoff, held_out_score
 from unweave.models import LoadedModel, describe
 
 _FEW = 512
 """So many images can leave a side of the split empty: all of them are hashed first."""
-_WINDOW = 256
-"""Images that are sorted by their grid, where aspect ratios are kept."""
 _KEPT_BYTES = 256 << 20
 """Memory for prepared images, so that small data are decoded once and not in every epoch."""
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error)
-"""What Pillow and others raise for damaged files."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +86,7 @@ class ImageRows:
         self._preparation = Preparation(model, config, ready=self.source.ready, label_dtype=self.source.label_dtype)
         self._processor = "" if self.source.ready or model.processor is None else describe(model.processor)
         self.bad = BadImages(self.source.name, config.max_bad)
+        self._order = Order(self.source, self._preparation, config.seed)
         self.epoch = 0
         self._done = 0
         self._cutoff = config.held_out * 2.0**64
@@ -99,9 +96,8 @@ class ImageRows:
         self._n_kept_bytes = 0
         self._pool = ThreadPoolExecutor(config.workers, "unweave-images") if config.workers else None
         self._seek(0, 0)
-        self._context = 0 if self.source.ready else self._preparation.n_positions()
-        if self.source.ready:
-            self._context = self.peek(1).real.shape[1]
+        self._context = 0
+        self._context = self.example().real.shape[1] if self.source.ready else self._preparation.n_positions()
 
     @property
     def context(self) -> int:
@@ -136,15 +132,38 @@ class ImageRows:
         """Everything needed to go on: plain values."""
         return {"data": self._identity(), "epoch": self.epoch, "done": self._done, "bad": dict(self.bad)}
 
-    def position(self) -> dict[str, Any]:
-        """Where `go_to` goes on: behind the last image that was served, with the unreadable ones up to there."""
-        return {"epoch": self.epoch, "done": self._done, "bad": self.bad.up_to((self.epoch, self._done))}
+    def limit_to(self, start: int, stop: int, bad: dict[str, str]) -> None:
+        """Serve the images from one place to another of the first epoch's order, without looking at any other.
 
-    def go_to(self, position: dict[str, Any]) -> None:
-        """Go on behind images that were served before, in another process perhaps, without decoding them."""
-        self.bad = BadImages(self.source.name, self.config.max_bad, position["bad"])
-        self.epoch, self._done = position["epoch"], position["done"]
-        self._seek(self.epoch, self._done)
+        Args:
+            start: The first place: so many images come in front of it, bad ones and those of the other side counted.
+            stop: The place behind the last one.
+            bad: Images known to be unreadable, which count.
+
+        Raises:
+            UnweaveError: They are those of an iterator, which is beyond them already.
+        """
+        if self.source.once and start < self._order.streamed:
+            raise UnweaveError(f"image {start} of {self.source.name} is needed again, and an iterator is read once.")
+        self.bad = BadImages(self.source.name, self.config.max_bad, bad)
+        self.epoch, self._done = 0, start
+        self._seek(0, start, stop)
+
+    @property
+    def place(self) -> int:
+        """Where in the epoch's order it goes on: behind the last image served, or, with none left, where they end."""
+        if self._exhausted and not self._ready and self._stop is not None:
+            return self._stop if self.n_places is None else min(self._stop, self.n_places)
+        return self._done
+
+    @property
+    def n_places(self) -> int | None:
+        """Images of an epoch, bad ones and those of both sides; None of a stream that was not read to its end."""
+        return self._order.n_places
+
+    def example(self) -> ImageBatch:
+        """An image like those to come, of what shapes and types depend on: a blank one, or the first ready input."""
+        return self._batch([_Row(self._preparation.example(self.source.first), 0, 0, 0)])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was saved.
@@ -156,7 +175,9 @@ class ImageRows:
             if state["data"][name] != value:
                 was = state["data"][name]
                 raise UnweaveError(f"the saved position is of other data: {name} was {was!r} and is now {value!r}.")
-        self.go_to(state)
+        self.bad = BadImages(self.source.name, self.config.max_bad, state["bad"])
+        self.epoch, self._done = state["epoch"], state["done"]
+        self._seek(self.epoch, self._done)
 
     @property
     def fingerprint(self) -> str:
@@ -176,54 +197,18 @@ class ImageRows:
         for i in range(len(self.source)):
             try:
                 content = self.source.entry(i).content
-            except _UNREADABLE:
+            except UNREADABLE:
                 continue  # named and counted when its turn comes
             yield held_out_score(content), 1
 
     # Reading ahead: jobs in the order of the epoch, and their results taken from the front.
 
-    def _seek(self, epoch: int, start: int) -> None:
+    def _seek(self, epoch: int, start: int, stop: int | None = None) -> None:
         self._ready: deque[_Row] = deque()
         self._jobs: deque[tuple[int, int, int, Future[_Outcome] | Callable[[], _Outcome]]] = deque()
-        self._reading, self._exhausted, self._found = epoch, False, start > 0
-        self._plan = self._numbers(epoch, start)
-
-    def _numbers(self, epoch: int, start: int) -> Iterator[tuple[int, int, Callable[[], Entry]]]:
-        """Of each image of an epoch: the place behind it, its number, and what gets it."""
-        entry = self.source.entry
-        if entry is None:
-            assert self.source.stream is not None
-            for i, get in enumerate(self.source.stream()):
-                if i >= start:
-                    yield i + 1, i, get
-                else:
-                    self._register(i, get)
-            return
-        order = np.random.default_rng([self.config.seed, epoch]).permutation(len(self.source))
-        for window in range(0, len(order), _WINDOW):
-            for behind, i in enumerate(self._by_grid(order[window : window + _WINDOW].tolist()), window + 1):
-                if behind > start:
-                    yield behind, i, lambda i=i: entry(i)  # type: ignore[misc]
-
-    def _register(self, number: int, get: Callable[[], Entry]) -> None:
-        """Note what is known of an image that is passed over; it is not decoded."""
-        try:
-            entry = get()
-            self.source.register(number, entry.name, entry.label)
-        except _UNREADABLE:
-            self.source.register(number, f"image {number}", None)
-
-    def _by_grid(self, numbers: list[int]) -> list[int]:
-        """Images of equal grids together, where aspect ratios are kept; otherwise as they come."""
-        if not self._preparation.keeps_aspect or self.source.size_of is None:
-            return numbers
-        grids = {}
-        for i in numbers:
-            try:
-                grids[i] = self._preparation.grid_for(*self.source.size_of(i))
-            except _UNREADABLE:
-                grids[i] = (0, 0)
-        return sorted(numbers, key=grids.__getitem__)
+        self._reading, self._stop, self._exhausted = epoch, stop, False
+        self._found = start > 0 or stop is not None  # a part may be empty
+        self._plan = self._order.between(epoch, start, stop)
 
     def _read_more(self) -> bool:
         """Take one result, and hand out jobs so that threads stay busy; False at the end of all."""
@@ -244,7 +229,7 @@ class ImageRows:
         self._keep(number, outcome)
         self.source.register(number, outcome.name or f"image {number}", outcome.label)
         if outcome.bad is not None:
-            self.bad.note(outcome.name or self.source.names[number], outcome.bad, (epoch, behind))
+            self.bad.note(outcome.name or self.source.names[number], outcome.bad)
         elif outcome.prepared is not None:
             self._found = True
             self._ready.append(_Row(outcome.prepared, number, epoch, behind))
@@ -266,17 +251,20 @@ class ImageRows:
     def _end_epoch(self) -> bool:
         """Begin the next epoch if there is one."""
         if not self._found:
-            side = "held-out" if self.held_out else "training"
-            bad = f"; {len(self.bad)} could not be read" if self.bad else ""
-            again = f", in epoch {self._reading}: it cannot be read twice" if self._reading else bad
-            raise UnweaveError(f"the {side} part of {self.source.name} holds no images{again}.")
-        if not self.repeat:
+            raise self.nothing(f", in epoch {self._reading}: it cannot be read twice" if self._reading else "")
+        if not self.repeat or self._stop is not None:
             self._exhausted = True
             return False
         self._reading += 1
         self._found = False
-        self._plan = self._numbers(self._reading, 0)
+        self._plan = self._order.between(self._reading, 0)
         return True
+
+    def nothing(self, why: str = "") -> UnweaveError:
+        """That there are no images on this side of the split."""
+        side = "held-out" if self.held_out else "training"
+        why = why or (f"; {len(self.bad)} could not be read" if self.bad else "")
+        return UnweaveError(f"the {side} part of {self.source.name} holds no images{why}.")
 
     def _run(self, get: Callable[[], Entry]) -> _Outcome:
         """Get, hash and prepare one image; in a thread."""
@@ -289,7 +277,7 @@ class ImageRows:
             return _Outcome(name, label, self._preparation.prepare(entry))
         except UnweaveError:
             raise
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             return _Outcome(name, label, bad=reason)
 

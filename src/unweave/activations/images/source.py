@@ -7,6 +7,7 @@ side of the held-out split it is on, so that most of what is not wanted is never
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 Ready: TypeAlias = "dict[str, Tensor]"
 """The inputs of a model for one image, without a batch axis."""
+
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error)
+"""What Pillow and others raise for damaged files."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +70,8 @@ class Images:
     """All images from the first one on, of a stream, each to be got from any thread."""
     ready: bool = False
     """The entries are inputs of the model as they are, and no images."""
+    first: Entry | None = field(default=None, repr=False)
+    """Of ready inputs the first one, which the others are like."""
     given: str | None = None
     """The path or name that they were opened by, if it was one."""
     once: bool = False
