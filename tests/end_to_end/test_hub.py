@@ -31,15 +31,16 @@ def test_push_look_and_load(hub: Any, tmp_path: Path) -> None:
     assert printed == f"pushed {hub.url}/me/saes/tree/main/{HOOK}\n"
     assert hub.repos["model", "me/saes"].private
 
-    shown = run("-m", "unweave", "info", "me/saes", HOOK)
-    assert {"topk(k=4)", "16×64"} <= set(shown.split())
     program = (
-        "import torch, unweave as uw\n"
+        "import json, torch, unweave as uw\nfrom unweave.cli import main\n"
+        f"assert main(['info', 'me/saes', {HOOK!r}]) == 0\n"
         f"sae = uw.SAE.from_pretrained('me/saes', {HOOK!r})\n"
         "x = torch.linspace(-1, 1, 32).reshape(2, 16)\n"
-        "import json\nprint(json.dumps([sae.encode(x).tolist(), sae.metadata['source']['repo']]))"
+        "print(json.dumps([sae.encode(x).tolist(), sae.metadata['source']['repo']]))"
     )
-    codes, repo = json.loads(run("-c", program))
+    *shown, last = run("-c", program).splitlines()
+    assert {"topk(k=4)", "16×64"} <= set(" ".join(shown).split())
+    codes, repo = json.loads(last)
     x = torch.linspace(-1, 1, 32).reshape(2, 16)
     torch.testing.assert_close(torch.tensor(codes), sae.encode(x).detach())
     assert repo == "me/saes"

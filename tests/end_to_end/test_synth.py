@@ -47,6 +47,12 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """As where matplotlib is missing; drawing takes most of a small study's time."""
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
+
+
 def synth(*arguments):
     return main(["synth", *map(str, arguments)])
 
@@ -84,6 +90,7 @@ def test_a_study(here, capsys):
     assert all(len(line) <= 80 for line in shown.out.splitlines())
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_seed_repeats_everything(here):
     small = ("--samples", 500, "--tokens", 1000, "--eval-samples", 500)
     same = ("--d-sae", 20, "--activation", "topk", "--k", 3, "--lr", 3e-3)
@@ -124,8 +131,8 @@ def test_dry_run_writes_nothing(here, capsys):
     assert os.listdir(here) == ["small.toml"]
 
 
-def test_without_matplotlib_there_is_a_note(here, capsys, monkeypatch):
-    monkeypatch.setattr(figures, "find_spec", lambda name: None)
+@pytest.mark.usefixtures("no_pictures")
+def test_without_matplotlib_there_is_a_note(here, capsys):
     assert synth("small.toml", "--out", "out", "--no-train", "--samples", 100) == 0
     shown = capsys.readouterr().err
     assert "note: matplotlib is missing" in shown
@@ -133,6 +140,7 @@ def test_without_matplotlib_there_is_a_note(here, capsys, monkeypatch):
     assert sorted(p.name for p in (here / "out").iterdir()) == ["model", "results.json"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_warnings_of_a_world_are_one_line(here, capsys):
     text = WORLD.replace('generator_name = "linear", max_prob = 0.3, min_prob = 0.05',
                          'generator_name = "constant", probability = 0.3')  # fmt: skip

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unweave.evaluation import CodeSums, ReconstructionSums
+from unweave.evaluation import CodeSums, ReconstructionSums, density
 from unweave.evaluation import metrics as m
 from unweave.sae import SAE, SparseCodes, TopK
 
@@ -187,7 +187,7 @@ def test_signed_codes():
     sums.update(codes([[-2.0, 0, 1], [0, 0, -3]]))
     assert m.l0(sums) == 1.5
     assert m.l1(sums) == 3
-    assert m.feature_density(sums).tolist() == [0.5, 0, 1]
+    assert density.feature_density(sums).tolist() == [0.5, 0, 1]
 
 
 def test_an_entry_of_value_0_did_not_fire():
@@ -215,12 +215,12 @@ def test_densities():
     sums = CodeSums(4)
     for part in dense.split(33):
         sums.update(SparseCodes.from_dense(part))
-    assert m.feature_density(sums).tolist() == [0, 0.01, 0.05, 0.5]
+    assert density.feature_density(sums).tolist() == [0, 0.01, 0.05, 0.5]
     assert (m.frac_alive(sums), m.n_dead(sums), m.n_dense(sums)) == (0.75, 1, 1)
     assert (m.freq_over_1_percent(sums), m.freq_over_10_percent(sums)) == (0.5, 0.25)
     assert m.normalized_freq_over_1_percent(sums) == pytest.approx(55 / 56)
     assert m.normalized_freq_over_10_percent(sums) == pytest.approx(50 / 56)
-    histogram = m.density_histogram(sums)
+    histogram = density.density_histogram(sums)
     assert histogram == {"log10_edges": [-2, -1.5, -1, -0.5, 0], "counts": [1, 1, 0, 1], "dead": 1}
 
 
@@ -230,7 +230,7 @@ def test_no_density_is_claimed_that_the_sample_cannot_resolve():
     rows = torch.tensor([0, 5, 70])
     once_and_twice = SparseCodes.from_entries(rows, torch.tensor([1, 2, 2]), torch.ones(3), n, 3)
     sums.update(once_and_twice)
-    histogram = m.density_histogram(sums)
+    histogram = density.density_histogram(sums)
     assert 10 ** histogram["log10_edges"][0] == pytest.approx(1 / n)
     assert histogram["counts"][0] == 2
     assert (m.n_dead(sums), histogram["dead"]) == (1, 1)
@@ -260,7 +260,7 @@ def test_density_histogram_holds_every_living_latent():
     dense = (torch.rand(1000, 50) < torch.rand(50) ** 3).float()
     sums = CodeSums(50)
     sums.update(SparseCodes.from_dense(dense))
-    histogram = m.density_histogram(sums)
+    histogram = density.density_histogram(sums)
     assert sum(histogram["counts"]) + histogram["dead"] == 50
     # The upper edge belongs to a bin, and the least possible density to the lowest one.
     edges = 10 ** torch.tensor(histogram["log10_edges"], dtype=torch.float64) * (1 + 1e-9)
@@ -269,8 +269,8 @@ def test_density_histogram_holds_every_living_latent():
 
 
 def density_above_0(sums):
-    density = m.feature_density(sums)
-    return density[density > 0]
+    shares = density.feature_density(sums)
+    return shares[shares > 0]
 
 
 def test_consistent_activation():
@@ -278,7 +278,7 @@ def test_consistent_activation():
     sums = CodeSums(3)
     sums.update(codes([[1.0, 0, 0], [1, 0, 0], [0, 1, 0]]), torch.tensor([0, 0, 1]))
     sums.update(codes([[1.0, 0, 0]]), torch.tensor([0]))
-    heuristic = m.consistent_activation_heuristic(sums).tolist()
+    heuristic = density.consistent_activation_heuristic(sums).tolist()
     assert heuristic[:2] == [1.5, 1]
     assert math.isnan(heuristic[2])
     assert sums.n_prompts == 3
@@ -321,9 +321,9 @@ def test_a_million_latents_take_no_more_operations_than_ten(signed):
         with Operations() as operations:
             sums.update(codes, torch.tensor([0, 1]))
             found = {f.name: f.function(sums) for f in m.METRICS if f.group == "sparsity"}
-            m.density_histogram(sums)
-            m.feature_density(sums)
-            m.consistent_activation_heuristic(sums)
+            density.density_histogram(sums)
+            density.feature_density(sums)
+            density.consistent_activation_heuristic(sums)
         assert found["sparsity/l0"] == 1.5
         counts.append(operations.count)
     assert counts[0] == counts[1]

@@ -17,6 +17,8 @@ from safetensors.torch import save
 import unweave as uw
 from unweave import SAE, UnweaveError
 from unweave.hub import describe_sae, read_sae, sae_info, write_sae
+from unweave.hub.download import fetch
+from unweave.hub.repo import Repo
 from unweave.sae import TopK
 
 D_IN, D_SAE = 16, 64
@@ -427,6 +429,16 @@ def test_a_connection_that_keeps_dropping(hub: Any, shared: SAE) -> None:
         SAE.from_pretrained("me/saes", "blocks.1")
     fault.times = 0
     assert SAE.from_pretrained("me/saes", "blocks.1").d_sae == D_SAE
+
+
+def test_a_missing_file_is_missing_where_listing_fails_as_well(hub: Any, shared: SAE) -> None:
+    """What is in the cache is named in place of what the repository has."""
+    fetch(Repo("me/saes"), ["blocks.1/cfg.json"])
+    for fault in ({"status": 500}, {"reset": True}):
+        made = hub.fault(r"^GET /api/models", **fault)
+        with pytest.raises(UnweaveError, match=r"^the repository 'me/saes' has no 'blocks\.1/cfg\.jsn'; did you mean "):
+            fetch(Repo("me/saes"), ["blocks.1/cfg.jsn"])
+        made.times = 0
 
 
 def test_a_hub_that_fails(hub: Any, shared: SAE) -> None:

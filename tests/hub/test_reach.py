@@ -189,7 +189,8 @@ def test_what_answers_is_asked_once_a_minute(hub: Any) -> None:
 
 def test_a_file_that_is_known_to_be_missing(hub: Any, away: Callable[[], str]) -> None:
     """What the Hub said of a file that may be missing holds without a network."""
-    from unweave.hub.download import Repo, fetch
+    from unweave.hub.download import fetch
+    from unweave.hub.repo import Repo
 
     hub.add("me/saes", {"a": b"a"})
     folder = fetch(Repo("me/saes"), ["a"], ["b"])

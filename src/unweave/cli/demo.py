@@ -34,7 +34,7 @@ class DemoArgs:
     """Replace what the folder holds."""
 
     def run(self) -> None:
-        from unweave.cli.train import evaluate_saved
+        from unweave.cli.evaluate import evaluate_saved
         from unweave.dashboard import dashboard, image_dashboard
         from unweave.training import train
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -58,6 +59,44 @@ class EvalArgs:
             path = path.with_stem(f"{path.stem}_{place.replace(':', '_')}") if place else path
             report.save(path)
             print(f"saved {path}")
+
+
+def evaluate_saved(result: Any, config: Any, tokens: int, *, again: bool = True) -> list[Any]:
+    """Evaluate trained SAEs on held-out text, write an `eval.json` for each, and print their tables.
+
+    Unless `again`, those that have one are left as they are.
+    """
+    from rich.console import Console
+
+    from unweave.activations.cache import is_cache, open_cache
+    from unweave.evaluation import evaluate
+    from unweave.sae import by_target
+
+    reports: list[Any] = []
+    if is_cache(config.data):
+        source = open_cache(config.data)
+        if result.model is None or getattr(source, "tokens", None) is None:
+            missing = f"the {'model' if result.model is None else 'data'} of the cache cannot be had from it"
+        elif getattr(source, "held_out", None) is None:
+            missing = f"{config.data} has no held-out rows"
+        else:
+            missing = ""
+        if missing:
+            print(f"not evaluated, for {missing}: use unweave eval.", file=sys.stderr)
+            return reports
+    parts = [(p, f, t) for sae, f in zip(result.saes, result.folders, strict=True) for t, p in by_target(sae).items()]
+    for sae, folder, target in parts:
+        name = f"eval_{target.replace(':', '_')}.json" if target else "eval.json"
+        path = folder.parent / name if folder.name == "sae" else folder / name
+        if path.exists() and not again:
+            continue
+        with status(f"evaluating {folder}") as tick:
+            report = evaluate(sae, model=result.model, data=config.data, tokens=tokens, seed=config.seed, progress=tick)
+        report.save(path)
+        Console().print(report.table())
+        print(f"saved {path}")
+        reports.append(report)
+    return reports
 
 
 def saved(path: Path) -> Path:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from unweave._errors import UnweaveError
-from unweave.cli.evaluate import saes_below, saved, source_of
+from unweave.cli.evaluate import evaluate_saved, saes_below, saved, source_of
 from unweave.cli.output import shown, status
-from unweave.cli.train import evaluate_saved
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -72,7 +72,8 @@ class SynthArgs:
         from unweave.cli.synth_tables import scores_table, statistics_table
         from unweave.synthetic.figures import pictures_available
         from unweave.synthetic.model import SyntheticModel
-        from unweave.synthetic.study import Study, check_out, plan_study, score, superposition_of, train_saes
+        from unweave.synthetic.study import Study, check_out, score, superposition_of, train_saes
+        from unweave.synthetic.study_plan import plan_study
         from unweave.synthetic.survey import survey
 
         if self.list:

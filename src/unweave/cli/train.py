@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from unweave._errors import UnweaveError, nearest
-from unweave.cli.output import shown, status
+from unweave.cli.evaluate import evaluate_saved
+from unweave.cli.output import shown
 
 _COEFFICIENTS = {"kl": "kl", "ce": "ce", "balanced": "beta"}
 """Of `EndToEnd`, by what --end-to-end calls the loss."""
@@ -261,41 +261,3 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UnweaveError(f"the config {str(path)!r} cannot be read: {error}.") from error
-
-
-def evaluate_saved(result: Any, config: Any, tokens: int, *, again: bool = True) -> list[Any]:
-    """Evaluate trained SAEs on held-out text, write an `eval.json` for each, and print their tables.
-
-    Unless `again`, those that have one are left as they are.
-    """
-    from rich.console import Console
-
-    from unweave.activations.cache import is_cache, open_cache
-    from unweave.evaluation import evaluate
-    from unweave.sae import by_target
-
-    reports: list[Any] = []
-    if is_cache(config.data):
-        source = open_cache(config.data)
-        if result.model is None or getattr(source, "tokens", None) is None:
-            missing = f"the {'model' if result.model is None else 'data'} of the cache cannot be had from it"
-        elif getattr(source, "held_out", None) is None:
-            missing = f"{config.data} has no held-out rows"
-        else:
-            missing = ""
-        if missing:
-            print(f"not evaluated, for {missing}: use unweave eval.", file=sys.stderr)
-            return reports
-    parts = [(p, f, t) for sae, f in zip(result.saes, result.folders, strict=True) for t, p in by_target(sae).items()]
-    for sae, folder, target in parts:
-        name = f"eval_{target.replace(':', '_')}.json" if target else "eval.json"
-        path = folder.parent / name if folder.name == "sae" else folder / name
-        if path.exists() and not again:
-            continue
-        with status(f"evaluating {folder}") as tick:
-            report = evaluate(sae, model=result.model, data=config.data, tokens=tokens, seed=config.seed, progress=tick)
-        report.save(path)
-        Console().print(report.table())
-        print(f"saved {path}")
-        reports.append(report)
-    return reports

@@ -22,14 +22,9 @@ from torch import nn
 from unweave._errors import UnweaveError
 from unweave.activations import DataConfig, ImageConfig, MaskConfig
 from unweave.evaluation.behaviour import BASELINE
+from unweave.evaluation.density import consistent_activation_heuristic, density_histogram, feature_density
 from unweave.evaluation.measure import MEDIAN_PROMPTS, Measurement
-from unweave.evaluation.metrics import (
-    compute,
-    consistent_activation_heuristic,
-    definitions,
-    density_histogram,
-    feature_density,
-)
+from unweave.evaluation.metrics import compute, definitions
 from unweave.evaluation.provenance import provenance
 from unweave.evaluation.report import Report
 from unweave.evaluation.sample import (

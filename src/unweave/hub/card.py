@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from unweave.hub.download import HUB_NAME
+from unweave.hub.repo import HUB_NAME
 
 SAE_LENS = {
     "standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit", "temporal", "transcoder",

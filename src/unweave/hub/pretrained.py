@@ -17,10 +17,11 @@ import torch
 from unweave._errors import UnweaveError, nearest
 from unweave.hub import published as listed
 from unweave.hub.card import join
-from unweave.hub.download import HUB_NAME, Repo, check_inside, fetch, listing, missing, within
+from unweave.hub.download import fetch, listing
 from unweave.hub.llamascopium import refuse_distributed
 from unweave.hub.published import PublishedSAE, Release, some
 from unweave.hub.reader import detect, format_named, read_sae
+from unweave.hub.repo import HUB_NAME, Repo, check_inside, missing, within
 from unweave.hub.saelens import SCALE
 from unweave.hub.source import Source
 from unweave.sae import SAE

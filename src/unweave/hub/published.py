@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unweave._errors import UnweaveError, nearest
+from unweave.hub import naming
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,18 +28,6 @@ PACKED = Path(__file__).with_name("releases.json.gz")
 WIDE = 1000
 """Columns of a table that goes to no terminal: more than it needs, so that each of its rows is one line."""
 _SHOWN = 8
-
-_SITES = (  # of ids, paths and releases that do not hold TransformerLens' name of the hook
-    (r"transcoder|clt", "transcoder"), (r"hook_z", "hook_z"), (r"embed", "embed"), (r"attn_out|[_-]att\b", "attn_out"),
-    (r"mlp_out|[_-]mlp\b", "mlp_out"), (r"resid_mid", "resid_mid"), (r"resid_pre", "resid_pre"),
-)  # fmt: skip
-_LLAMA_SCOPE = {"r": "resid_post", "a": "attn_out", "m": "mlp_out"}
-_LAYER = re.compile(r"(?:layers?[._]?|blocks\.|\bl)(\d+)")
-_HOOK = re.compile(r"blocks\.\d+\.(?:attn\.)?hook_(resid_pre|resid_mid|resid_post|mlp_out|attn_out|z)")
-_WIDTHS = (  # of an id, a path, a Neuronpedia id or a release's name, the first that matches
-    r"width[_-](2pow\d+|\d+[km])", r"_(\d+x)$", r"hook_resid_pre_(\d+)$", r"_(\d{5})(?:_anthropic|:v\d+)?$",
-    r"[-_](?:w|res-|sm-)?(\d+k)(?=$|__|[-_](?:oai|l\d+|layer)\b)", r"[-_]w(\d+k)-",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -227,25 +216,12 @@ def _release(name: str, entry: dict[str, Any]) -> Release:
 def _published(release: str, entry: dict[str, Any]) -> PublishedSAE:
     facts = dict(entry) | {"path": str(entry["path"])}  # of per-layer transcoders it is a number
     id, path = facts["id"], facts["path"]
-    if facts.get("l0") is None and (stated := re.search(r"average_l0_(\d+)", path)):
-        facts["l0"] = float(stated[1])
-    layer = _LAYER.search(id) or _LAYER.search(path)
-    texts = (id, path, facts.get("neuronpedia") or "", release)
-    width = next((w[1] for pattern in _WIDTHS for text in texts if (w := re.search(pattern, text))), None)
-    if width is not None and width.startswith("2pow"):
-        width = str(2 ** int(width.removeprefix("2pow")))
-    number = None if layer is None else int(layer[1])
-    return PublishedSAE(**facts, site=_site(release, id, path), layer=number, width=width)
-
-
-def _site(release: str, id: str, path: str) -> str:
-    if hook := _HOOK.search(id):
-        return "hook_z" if hook[1] == "z" else hook[1]
-    if release.startswith("llama_scope") and (kind := re.match(r"l\d+([ram])_", id)):
-        return _LLAMA_SCOPE[kind[1]]
-    if re.search(r"gemma-scope-.*-att", release):
-        return "hook_z"  # though its folders say attn_out
-    return next((site for text in (id, path, release) for p, site in _SITES if re.search(p, text)), "resid_post")
+    if facts.get("l0") is None:
+        facts["l0"] = naming.l0(path)
+    return PublishedSAE(
+        **facts, site=naming.site(release, id, path), layer=naming.layer(id, path),
+        width=naming.width(release, id, path, facts.get("neuronpedia")),
+    )  # fmt: skip
 
 
 def _searched(release: Release) -> str:

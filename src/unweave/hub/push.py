@@ -18,8 +18,10 @@ from unweave._errors import UnweaveError
 from unweave._hub import unreachable
 from unweave.hub import card
 from unweave.hub.card import Entry, join
-from unweave.hub.download import Repo, check_inside, explained, fetch, listing, missing, within
+from unweave.hub.download import fetch, listing
+from unweave.hub.explained import explained
 from unweave.hub.folders import EVALUATION, PAGE, Upload, gathered, read_json, text_of
+from unweave.hub.repo import Repo, check_inside, missing, within
 from unweave.sae.files import CONFIG, WEIGHTS
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from unweave._errors import UnweaveError
-from unweave.hub.download import Repo, explained
+from unweave.hub.explained import explained
+from unweave.hub.repo import Repo
 
 _BLOCK = 1 << 16
 _SMALL = 1 << 21
