@@ -1,5 +1,11 @@
-"""The command line as a user types it: real processes, real files, exit statuses, one-sentence errors."""
+"""The command line as a user types it: real files, exit statuses, one-sentence errors.
 
+Training, evaluating, converting and the page are processes of their own, in which nothing was imported before, and so
+is a run that is interrupted; the other commands run in this one, which saves the seconds that a new one takes to start.
+"""
+
+import contextlib
+import io
 import json
 import os
 import re
@@ -11,6 +17,7 @@ import time
 import pytest
 import torch
 
+from unweave.cli import main
 from unweave.sae import SAE
 
 SMALL = ["--tokens", "6000", "--d-sae", "256", "--k", "8", "--batch-size", "512", "--buffer", "2048", "--context", "64"]
@@ -27,19 +34,27 @@ def text(tmp_path_factory):
     return str(path)
 
 
-def unweave(*arguments, cwd, check=None):
-    command = [sys.executable, "-m", "unweave", *map(str, arguments)]
+def unweave(*arguments, cwd, check):
+    """What a command prints to standard output and standard error."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main([*map(str, arguments)])
+    assert status == check, err.getvalue()
+    return out.getvalue(), err.getvalue()
+
+
+def started(*arguments, cwd):
+    """A command in a process of its own that succeeds."""
+    command = [sys.executable, "-m", "unweave", *arguments]
     result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
-    if check is not None:
-        assert result.returncode == check, result.stderr
+    assert result.returncode == 0, result.stderr
     return result
 
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("run")
-    result = unweave("train", "--data", text, *SMALL, "--eval-tokens", "2000", "--out", "run", cwd=folder, check=0)
-    return folder / "run", result
+    return folder / "run", started("train", "--data", text, *SMALL, "--eval-tokens", "2000", "--out", "run", cwd=folder)
 
 
 def test_train_writes_and_prints(run_folder):
@@ -61,25 +76,25 @@ def test_train_writes_and_prints(run_folder):
 def test_eval_and_dashboard_of_a_saved_sae(run_folder):
     """Model, data and hook come from the SAE itself."""
     folder, _ = run_folder
-    result = unweave("eval", "run/sae", "--tokens", "2000", cwd=folder.parent, check=0)
+    result = started("eval", "run/sae", "--tokens", "2000", cwd=folder.parent)
     assert "explained variance" in result.stdout.lower()
     assert (folder / "sae" / "eval.json").exists()
     arguments = ["--tokens", "5000", "--features", "5", "--out", "page.html"]
-    unweave("dashboard", "run/sae", *arguments, cwd=folder.parent, check=0)
+    started("dashboard", "run/sae", *arguments, cwd=folder.parent)
     assert "<!doctype html>" in (folder.parent / "page.html").read_text(encoding="utf-8").lower()
 
 
 def test_a_finished_run_is_protected(run_folder, text):
     folder, _ = run_folder
     before = (folder / "metrics.jsonl").read_bytes()
-    result = unweave("train", "--data", text, *SMALL, "--out", "run", cwd=folder.parent, check=2)
-    assert "--overwrite" in result.stderr
+    _, errors = unweave("train", "--data", text, *SMALL, "--out", "run", cwd=folder.parent, check=2)
+    assert "--overwrite" in errors
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
 def test_interrupt_and_resume_end_bit_equal(tmp_path, text):
     """pitfall_178, pitfall_179, through the command line: Ctrl-C saves and says how to go on."""
-    long = ["--data", text, *SMALL, "--tokens", "40000", "--eval-tokens", "0"]
+    long = ["--data", text, *SMALL, "--tokens", "30000", "--eval-tokens", "0"]
     unweave("train", *long, "--out", "whole", cwd=tmp_path, check=0)
     command = [sys.executable, "-m", "unweave", "train", *long, "--checkpoint-every", "5000", "--out", "run"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
@@ -145,8 +160,8 @@ def test_objectives_from_the_line_and_the_file(tmp_path):
 
 
 def test_dry_run_spends_nothing(tmp_path, text):
-    result = unweave("train", "--data", text, *SMALL, "--dry-run", cwd=tmp_path, check=0)
-    assert "6,000 tokens in 12 steps" in result.stdout
+    printed, _ = unweave("train", "--data", text, *SMALL, "--dry-run", cwd=tmp_path, check=0)
+    assert "6,000 tokens in 12 steps" in printed
     assert list(tmp_path.iterdir()) == []
 
 
@@ -177,8 +192,6 @@ def test_dry_run_spends_nothing(tmp_path, text):
 )
 def test_wrong_input_is_one_sentence(tmp_path, text, arguments, message, capsys, monkeypatch):
     """Exit status 2, one line, nothing written. pitfall_357: a file that is broken, or a program, is an error."""
-    from unweave.cli import main
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("A few words.")
@@ -195,8 +208,6 @@ def test_wrong_input_is_one_sentence(tmp_path, text, arguments, message, capsys,
 
 
 def test_eval_names_the_nearest_folder_or_release(run_folder, tmp_path, capsys, monkeypatch):
-    from unweave.cli import main
-
     folder, _ = run_folder
     monkeypatch.chdir(folder.parent)
     for given, said in {
@@ -215,8 +226,6 @@ def test_eval_names_the_nearest_folder_or_release(run_folder, tmp_path, capsys, 
 
 
 def test_convert_names_the_nearest_folder_or_release(run_folder, capsys, monkeypatch):
-    from unweave.cli import main
-
     monkeypatch.chdir(run_folder[0].parent)
     for given, said in {
         "nosuch": "there is no folder 'nosuch', and no release of this name.",
@@ -229,10 +238,8 @@ def test_convert_names_the_nearest_folder_or_release(run_folder, capsys, monkeyp
 
 
 def test_eval_takes_every_format_but_no_file(run_folder, tmp_path, capsys):
-    from unweave.cli import main
-
     sae = str(run_folder[0] / "sae")
-    assert main(["convert", sae, str(tmp_path / "an ae"), "--to", "dictionary_learning"]) == 0
+    started("convert", sae, "an ae", "--to", "dictionary_learning", cwd=tmp_path)
     options = ["--model", "demo", "--data", "stdlib", "--hook", "resid_post.1", "--tokens", "200"]
     assert main(["eval", str(tmp_path / "an ae"), *options]) == 0
     assert (tmp_path / "an ae" / "eval.json").is_file()
@@ -243,8 +250,6 @@ def test_eval_takes_every_format_but_no_file(run_folder, tmp_path, capsys):
 
 def test_info_of_a_trained_sae(run_folder, capsys):
     """A short table with what was measured, and no JSON in it; all of it with --json."""
-    from unweave.cli import main
-
     sae = str(run_folder[0] / "sae")
     assert main(["info", sae]) == 0
     shown = capsys.readouterr().out

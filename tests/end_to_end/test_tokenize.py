@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
 from unweave.activations import TokenRows, standard_library_text
 from unweave.activations.config import DataConfig
-from unweave.activations.tokenized import open_token_folder
+from unweave.activations.tokenized import open_token_folder, tokenize
 from unweave.cli import main
 from unweave.sae import SAE
 
-# As the command, but it commits all the time, so that little data have many moments to be killed in.
-COMMAND = """
+# The command commits all the time, so that little data have many moments to be killed in.
+OFTEN = {"COMMIT_SECONDS": 0.0, "CHUNK_DOCUMENTS": 4, "CHUNK_CHARS": 1 << 14}
+COMMAND = f"""
 import sys
 from unweave.activations.tokenized import tokenize
 from unweave.cli import main
-tokenize.COMMIT_SECONDS, tokenize.CHUNK_DOCUMENTS, tokenize.CHUNK_CHARS = 0.0, 4, 1 << 14
+vars(tokenize).update({OFTEN})
 if __name__ == "__main__":
     sys.exit(main(["tokenize", *sys.argv[1:]]))
 """
@@ -32,11 +35,13 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, bad_text: Path) -> tuple[Path, str, str]:
     """An uninterrupted run: where it was, and what it printed."""
-    folder = tmp_path_factory.mktemp("whole")
-    process = start(bad_text, "--out", "t", "--saelens", "s", cwd=folder)
-    out, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    return folder, out, errors
+    folder, out, errors = tmp_path_factory.mktemp("whole"), io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(errors):
+        for name, value in OFTEN.items():
+            patch.setattr(tokenize, name, value)
+        patch.chdir(folder)
+        assert main(["tokenize", str(bad_text), "--out", "t", "--saelens", "s", "--context", "32"]) == 0
+    return folder, out.getvalue(), errors.getvalue()
 
 
 @pytest.fixture(scope="module")

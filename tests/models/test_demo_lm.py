@@ -34,16 +34,20 @@ def test_it_is_a_folder_like_any_other(demo):
     assert sum(p.stat().st_size for p in DEMO.iterdir()) < 8_000_000
 
 
-def test_it_has_learnt_its_language(demo, held_out):
+@pytest.fixture(scope="module")
+def clean(demo, held_out):
+    return loss(demo, held_out)
+
+
+def test_it_has_learnt_its_language(demo, held_out, clean):
     """At most 1.5 bits per character of text that it was not trained on."""
     characters = len(demo.tokenizer.decode(held_out[:, 1:].flatten()))
-    assert loss(demo, held_out) * held_out[:, 1:].numel() / math.log(2) / characters < 1.5
+    assert clean * held_out[:, 1:].numel() / math.log(2) / characters < 1.5
 
 
 @pytest.mark.parametrize("hook", ["resid_pre.0", "resid_post.0", "resid_post.1", "resid_post.2", "resid_post.3"])
-def test_its_residual_stream_matters(demo, held_out, hook):
+def test_its_residual_stream_matters(demo, held_out, clean, hook):
     """Zero-ablation costs more than 2 nats everywhere, so that loss recovered means something."""
-    clean = loss(demo, held_out)
     with splice(demo.module, dict.fromkeys(resolve_hooks(demo.module, [hook]), torch.zeros_like)):
         assert loss(demo, held_out) - clean > 2
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from typing import ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -30,13 +31,9 @@ from unweave.sae.normalization import Normalization
 
 
 @pytest.fixture
-def registry(monkeypatch):
-    for name in list(ACTIVATIONS):
-        monkeypatch.setitem(ACTIVATIONS, name, ACTIVATIONS[name])
-    yield
-    monkeypatch.undo()
-    for name in [n for n in ACTIVATIONS if n.startswith("test_")]:
-        del ACTIVATIONS[name]
+def registry():
+    with mock.patch.dict(ACTIVATIONS):
+        yield
 
 
 def test_names():

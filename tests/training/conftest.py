@@ -1,4 +1,8 @@
-"""A tiny model, its tokenizer and some text, enough for a whole run in seconds; and the loss as dense formulas."""
+"""A tiny model and some text, enough for a whole run in seconds; its interruption; and the loss as dense formulas."""
+
+import contextlib
+import os
+import signal
 
 import pytest
 import torch
@@ -6,6 +10,7 @@ import torch
 from unweave.models import LoadedModel
 from unweave.objectives import L1, TargetL0
 from unweave.sae import Gated, JumpReLU, ReLU, TopK
+from unweave.training import TrainingInterrupted, trainer
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +34,28 @@ def tiny_model():
 def texts():
     generator = torch.Generator().manual_seed(0)
     return [" ".join(f"w{i}" for i in torch.randint(60, (40,), generator=generator)) for _ in range(200)]
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """`with interrupted(7): train(...)`: a real signal before the 7th batch is checked, and the run ends by it."""
+
+    @contextlib.contextmanager
+    def run(batches, match="--resume", number=signal.SIGINT):
+        check, seen = trainer._check_batch, []
+
+        def counted(*args):
+            seen.append(1)
+            if len(seen) == batches:
+                os.kill(os.getpid(), number)
+            check(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "_check_batch", counted)
+            with pytest.raises(TrainingInterrupted, match=match):
+                yield
+
+    return run
 
 
 @pytest.fixture(scope="session")

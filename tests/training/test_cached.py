@@ -5,7 +5,6 @@ pitfall_208, pitfall_240, pitfall_242.
 
 from __future__ import annotations
 
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +16,8 @@ from unweave import SAE, DataConfig, MaskConfig, SAEConfig, StoreBatches, TrainC
 from unweave.activations.cache.foreign import MappedStore
 from unweave.models import LoadedModel
 from unweave.sae import BatchTopK, TopK
-from unweave.training import train, train_on, trainer
+from unweave.training import train, train_on
 from unweave.training.train import prepare
-from unweave.training.trainer import TrainingInterrupted
 
 TOPK = SAEConfig(d_sae=32, activation=TopK(k=4), lr=3e-3)
 CONFIG = DataConfig(context=16)
@@ -86,20 +84,10 @@ def test_what_is_trained_on_is_what_a_live_stream_gives(config, stored, tiny_mod
 
 
 @pytest.mark.usefixtures("no_pass")
-def test_a_run_that_is_interrupted_ends_bit_equal(config, tiny_model, tmp_path, monkeypatch):
+def test_a_run_that_is_interrupted_ends_bit_equal(config, tiny_model, tmp_path, interrupted):
     whole = train(replace(config, out=str(tmp_path / "whole")), model=tiny_model, progress=False)
-    steps, check = [0], trainer._check_batch
-
-    def interrupted(*arguments):
-        steps[0] += 1
-        if steps[0] == 11:
-            signal.raise_signal(signal.SIGINT)
-        check(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_check_batch", interrupted)
-        with pytest.raises(TrainingInterrupted, match="saved"):
-            train(config, model=tiny_model, progress=False)
+    with interrupted(11, "saved"):
+        train(config, model=tiny_model, progress=False)
     checkpoint = next((Path(config.out) / "checkpoints").glob("step-*"))
     assert sum(file.stat().st_size for file in checkpoint.iterdir()) < 60_000  # row numbers, no activations
     resumed = train(config, model=tiny_model, resume=True, progress=False)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from unweave._errors import UnweaveError
-from unweave.activations import DataConfig
+from unweave.activations import DataConfig, standard_library_text
 from unweave.cli.train import TrainArgs
 from unweave.evaluation import evaluate
 from unweave.objectives import L1, AuxK, GhostGradients, Matryoshka, MultiTopK, PreActivation, Reanimation, Tanh
@@ -309,14 +309,15 @@ def test_a_run(tiny_model, texts, tmp_path):
 
 
 def test_on_the_demo_model_it_predicts_both_layers_at_least_as_well_as_transcoders_do():
+    texts = [text[:4000] for text, _ in zip(standard_library_text(), range(100), strict=False)]
     config = TrainConfig(
         hooks=("h.2.mlp:in", "h.3.mlp:in"), targets=("h.2.mlp", "h.3.mlp"), tokens=15_000, batch_size=128, buffer=4096,
         saes=[SAEConfig(d_sae=96, activation=TopK(8), coder=coder, lr=3e-3) for coder in ("clt", "transcoder")],
     )  # fmt: skip
-    result = train(config, progress=False)
+    result = train(config, data=texts, progress=False)
 
     def explained_at(sae):
-        report = evaluate(sae, model=result.model, data="stdlib", tokens=1000)
+        report = evaluate(sae, model=result.model, data=texts, tokens=1000)
         return report.metrics["reconstruction/explained_variance"]
 
     clt, *alone = result.saes

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import unweave.training.trainer as trainer
 from unweave._errors import UnweaveError
 from unweave.activations import DataConfig
 from unweave.activations.cache.foreign import MappedStore
 from unweave.objectives import EndToEnd
 from unweave.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK
-from unweave.training import SAEConfig, Start, TrainConfig, TrainingInterrupted, train
+from unweave.training import SAEConfig, Start, TrainConfig, train
 from unweave.training.config import METHODS
 from unweave.training.finetune import finetune
 from unweave.training.train import prepare
@@ -178,21 +177,11 @@ def test_a_run_writes_what_training_writes(begun, tiny_model):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_interrupted_and_resumed_is_bit_equal(begun, tiny_model, monkeypatch, method):
+def test_interrupted_and_resumed_is_bit_equal(begun, tiny_model, interrupted, method):
     begun = dataclasses.replace(begun, start=dataclasses.replace(begun.start, method=method))
     whole = train(dataclasses.replace(begun, out=begun.out + "-whole"), model=tiny_model, progress=False)
-    save, seen = trainer._check_batch, []
-
-    def stop(*args):
-        seen.append(1)
-        if len(seen) == 13:
-            trainer.signal.raise_signal(trainer.signal.SIGINT)
-        save(*args)
-
-    monkeypatch.setattr(trainer, "_check_batch", stop)
-    with pytest.raises(TrainingInterrupted, match=r"after 1,664 of 4,000 tokens.*--resume"):
+    with interrupted(13, r"after 1,664 of 4,000 tokens.*--resume"):
         train(begun, model=tiny_model, progress=False)
-    monkeypatch.undo()
     resumed = train(begun, model=tiny_model, resume=True, progress=False)
     for name, value in whole.saes[0].state_dict().items():
         assert torch.equal(value, resumed.saes[0].state_dict()[name]), name

@@ -1,20 +1,17 @@
 """How the model of a run is run: its type, the rows of a pass, and the background."""
 
 import json
-import os
-import signal
 
 import pytest
 import torch
 
-import unweave.training.trainer as trainer
 from unweave import kernels
 from unweave._errors import UnweaveError
 from unweave.activations import Background, DataConfig
 from unweave.activations.precision import model_dtype
 from unweave.models import dtype_of
 from unweave.sae import TopK
-from unweave.training import SAEConfig, TrainConfig, TrainingInterrupted, train
+from unweave.training import SAEConfig, TrainConfig, train
 from unweave.training.config import from_dict, to_dict
 from unweave.training.harvest import runs_ahead
 from unweave.training.train import prepare
@@ -89,23 +86,14 @@ def test_on_a_cpu_auto_is_without_a_thread(settings, tiny_model, texts):
 
 @pytest.mark.parametrize(("before", "after"), [(True, True), (True, False), (False, True)])
 def test_pitfall_179_a_run_ahead_in_bf16_is_resumed_bit_equal(
-    settings, tiny_model, texts, tmp_path, monkeypatch, before, after
+    settings, tiny_model, texts, tmp_path, monkeypatch, interrupted, before, after
 ):
     """With passes in flight, and with as many rows in a pass as were chosen before."""
     common = {"model_precision": "bf16", "tokens": 4000}
     whole = train(settings(**common), model=tiny_model, data=texts, progress=False)
-    out, check, seen = tmp_path / "run", trainer._check_batch, [0]
-
-    def kill(*args):
-        seen[0] += 1
-        if seen[0] == 21:
-            os.kill(os.getpid(), signal.SIGINT)
-        check(*args)
-
-    monkeypatch.setattr(trainer, "_check_batch", kill)
-    with pytest.raises(TrainingInterrupted):
+    out = tmp_path / "run"
+    with interrupted(21):
         train(settings(**common, out=str(out), background=before), model=tiny_model, data=texts, progress=False)
-    monkeypatch.undo()
     (state,) = (out / "checkpoints").glob("*/state.json")
     stream = json.loads(state.read_text())["stream"]["stream"]
     assert stream["dtype"] == "bfloat16"

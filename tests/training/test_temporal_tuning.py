@@ -8,14 +8,13 @@ import json
 import pytest
 import torch
 
-import unweave.training.trainer as trainer
 from unweave._errors import UnweaveError
 from unweave.activations import DataConfig, MaskConfig
 from unweave.activations.cache.foreign import MappedStore
 from unweave.models import LoadedModel, capture, resolve_hooks
 from unweave.objectives import L1, EndToEnd
 from unweave.sae import SAE, ReLU, Temporal, TemporalSAE, TopK
-from unweave.training import SAEConfig, Start, TrainConfig, TrainingInterrupted, train, train_on
+from unweave.training import SAEConfig, Start, TrainConfig, train, train_on
 from unweave.training.config import METHODS
 from unweave.training.finetune import finetune
 from unweave.training.temporal_tuning import TemporalTuning
@@ -175,21 +174,11 @@ def begun(tmp_path, tiny_model, texts):
 
 
 @pytest.mark.parametrize("method", [*METHODS, None])
-def test_interrupted_and_resumed_is_bit_equal_and_better(begun, tiny_model, texts, monkeypatch, method):
+def test_interrupted_and_resumed_is_bit_equal_and_better(begun, tiny_model, texts, interrupted, method):
     config = begun(method)
     whole = train(dataclasses.replace(config, out=config.out + "-whole"), model=tiny_model, progress=False)
-    check, seen = trainer._check_batch, []
-
-    def stop(*args):
-        seen.append(1)
-        if len(seen) == 9:
-            trainer.signal.raise_signal(trainer.signal.SIGINT)
-        check(*args)
-
-    monkeypatch.setattr(trainer, "_check_batch", stop)
-    with pytest.raises(TrainingInterrupted, match="--resume"):
+    with interrupted(9):
         train(config, model=tiny_model, progress=False)
-    monkeypatch.undo()
     resumed = train(config, model=tiny_model, resume=True, progress=False)
     for name, value in whole.saes[0].state_dict().items():
         assert torch.equal(value, resumed.saes[0].state_dict()[name]), name

@@ -9,7 +9,6 @@ import json
 import pytest
 import torch
 
-import unweave.training.trainer as trainer
 from unweave._errors import UnweaveError
 from unweave.activations import DataConfig
 from unweave.models import LoadedModel
@@ -26,7 +25,7 @@ from unweave.sae import (
     Transcoder,
 )
 from unweave.sae.files import save_training_form
-from unweave.training import SAEConfig, Start, TrainConfig, TrainingInterrupted, train, train_on
+from unweave.training import SAEConfig, Start, TrainConfig, train, train_on
 from unweave.training.config import METHODS
 from unweave.training.decoder_tuning import DecoderTuning
 from unweave.training.finetune import finetune
@@ -257,21 +256,11 @@ def begun(tmp_path, tiny_model, texts):
 
 
 @pytest.mark.parametrize(("kind", "method"), [("transcoder", "decoder"), ("crosscoder", "scale"), ("clt", None)])
-def test_interrupted_and_resumed_is_bit_equal(begun, tiny_model, monkeypatch, kind, method):
+def test_interrupted_and_resumed_is_bit_equal(begun, tiny_model, interrupted, kind, method):
     _, config = begun(kind, JumpReLU(), **({} if method is None else {"method": method}))
     whole = train(dataclasses.replace(config, out=config.out + "-whole"), model=tiny_model, progress=False)
-    check, seen = trainer._check_batch, []
-
-    def stop(*args):
-        seen.append(1)
-        if len(seen) == 11:
-            trainer.signal.raise_signal(trainer.signal.SIGINT)
-        check(*args)
-
-    monkeypatch.setattr(trainer, "_check_batch", stop)
-    with pytest.raises(TrainingInterrupted, match="--resume"):
+    with interrupted(11):
         train(config, model=tiny_model, progress=False)
-    monkeypatch.undo()
     resumed = train(config, model=tiny_model, resume=True, progress=False)
     assert whole.saes[0].metadata["finetuning"]["method"] == (method or "end_to_end")
     for name, value in whole.saes[0].state_dict().items():
