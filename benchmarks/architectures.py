@@ -52,6 +52,8 @@ from combinations import (
 from unweave import UnweaveError
 from unweave.sae import ACTIVATIONS
 
+CLOSE = 0.001
+"""Explained variances that count as the same."""
 ABSORBS = 0.05
 """Absorption below which there is none that Matryoshka could lower."""
 Rows = dict[str, dict[str, Any]]
@@ -98,13 +100,19 @@ def chunks(cases: Sequence[Case]) -> list[list[Case]]:
     return found
 
 
+def kept(cases: Sequence[Case], file: Path | None) -> Rows:
+    """Rows of these sizes that an earlier run has left in a file, by name."""
+    if file is None or not file.exists():
+        return {}
+    sizes = {case.name: list(case.problem) for case in cases}
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return {name: row for name, size, row in lines if sizes.get(name) == size}
+
+
 def run(cases: Sequence[Case], keep: Path | None, jobs: int) -> tuple[Rows, int]:
     """All rows, by name, each printed as it comes; and how many of them an earlier run had left in `keep`."""
     sizes = {case.name: list(case.problem) for case in cases}
-    done: Rows = {}
-    if keep is not None and keep.exists():
-        kept = [json.loads(line) for line in keep.read_text(encoding="utf-8").splitlines()]
-        done = {name: row for name, size, row in kept if sizes.get(name) == size}
+    done = kept(cases, keep)
     left, earlier = [case for case in cases if case.name not in done], len(done)
     fresh = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(jobs, fresh) as pool:
@@ -234,7 +242,24 @@ def refused(p: Problem) -> str:
     return measure.table(["objective", "refused with", "the reason, for the first"], lines)
 
 
-def report(cases: Sequence[Case], rows: Rows, bad: Sequence[str], earlier: int) -> str:
+def compared(rows: Rows, others: Rows) -> str:
+    """How rows of two runs agree: those that end elsewhere, and how far."""
+    both = [name for name in rows if name in others]
+    apart = {name: abs(rows[name]["ev"] - others[name]["ev"]) for name in both}
+    far = sorted((name for name in both if apart[name] > CLOSE), key=lambda name: -apart[name])
+    lines = [
+        [name, *(f"{show(row['ev'])} at L0 {show(row['l0'], '.1f')}" for row in (others[name], rows[name]))]
+        for name in far
+    ]
+    return "\n\n".join([
+        "### Trained twice",
+        f"{len(both)} rows were trained by an earlier state of the code, too. {len(both) - len(far)} of them end "
+        f"within {CLOSE:g} of the same explained variance; the others:",
+        measure.table(["row", "earlier", "now"], lines),
+    ])  # fmt: skip
+
+
+def report(cases: Sequence[Case], rows: Rows, bad: Sequence[str], earlier: int, others: Rows) -> str:
     """The page."""
     sizes = "; ".join(
         f"*{p.name}*: d_sae {p.d_sae:,}, L0 {p.l0}, {p.tokens:,} tokens in steps of {p.batch}, scored on "
@@ -257,6 +282,7 @@ def report(cases: Sequence[Case], rows: Rows, bad: Sequence[str], earlier: int) 
         splitting_table(rows),
         "### All rows",
         main_table(cases, rows),
+        *([compared(rows, others)] if others else []),
         f"{len(bad)} of {len(rows)} rows collapsed" + (f": {', '.join(bad)}." if bad else "."),
         "### Refused",
         refused(problems(None)[0]),
@@ -273,6 +299,7 @@ def main() -> None:
         type=Path,
         help="file of finished rows, from which a stopped run goes on; rows of other sizes are trained again",
     )
+    parser.add_argument("--against", type=Path, help="file of rows that another run kept, to compare with")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/architectures.md")
     args = parser.parse_args()
     chosen = [c for c in all_cases(problems(args.tokens)) if not args.rows or any(part in c.name for part in args.rows)]
@@ -281,7 +308,7 @@ def main() -> None:
     for c in chosen:
         best[c.problem.name] = max(best.get(c.problem.name, 0.0), rows[c.name].get("ev") or 0.0)
     bad = [c.name for c in chosen if collapsed(rows[c.name], best[c.problem.name])]
-    text = report(chosen, rows, bad, earlier)
+    text = report(chosen, rows, bad, earlier, kept(chosen, args.against))
     print(text)
     if args.write:
         measure.write("architectures.md", text)
