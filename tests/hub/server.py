@@ -13,6 +13,7 @@ import json
 import re
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -455,6 +456,8 @@ def connect(hub: Hub, monkeypatch: Any) -> None:
     }.items():  # fmt: skip
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)  # what functions such as `create_repo` use
+    if "transformers.utils.hub" in sys.modules:  # keeps the client that it made first, with the address of then
+        monkeypatch.setattr(sys.modules["transformers.utils.hub"], "_hf_api", None, raising=False)
     monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda seconds: None)  # between attempts
     for name, value in {
         "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_CACHE": str(hub.cache), "HF_HUB_OFFLINE": "0",
