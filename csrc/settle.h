@@ -31,7 +31,7 @@ template <class Begin, class Fetch, class Act>
 void for_blocks(Collector &collector, int64_t m, int64_t bytes, const Begin &begin, const Fetch &fetch, const Act &act) {
     constexpr int64_t BLOCK = 512 << 10;
 #if defined(_OPENMP)
-    const int64_t parts = 8 * omp_get_max_threads();
+    const int64_t parts = 4 * omp_get_max_threads();
 #else
     const int64_t parts = 1;
 #endif
