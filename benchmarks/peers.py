@@ -24,6 +24,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import io
+import os
 import sys
 import types
 import warnings
@@ -160,6 +161,8 @@ def sparsify(problem: Problem) -> Contestant | None:
     case = problem.case
     if case.kind != "topk":
         return None
+    if not torch.cuda.is_available():
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # it takes Triton wherever that is installed
     with _quiet():
         from sparsify import SparseCoderConfig, TrainConfig, Trainer
 
