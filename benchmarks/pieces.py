@@ -98,6 +98,12 @@ def pieces(d_in: int, d_sae: int, batch: int, k: int, l0: float) -> list[Piece]:
         kernel = cpu.squared_error_rows if backend("pieces", x) == "cpu" else reference.squared_error_rows
         return kernel(indices, values, offsets, scales, W_dec, b_dec, x)
 
+    def scatter(_: object) -> object:
+        if backend("pieces", x) != "cpu":
+            return kernels.scatter_outer(indices, values, offsets, x, d_sae)
+        # As in a step, into the gradient of the step before: fresh memory of this size costs more than the sums.
+        return cpu.scatter_outer(cpu.transpose(indices, offsets, d_sae), values, x, out=grad)
+
     def adam(_: object) -> object:
         return adam_rows(
             updated, grad, None, *moments, lr=1e-9, betas=(0.9, 0.999), eps=1e-8, step=10, unit=True, screen="auto"
@@ -111,8 +117,7 @@ def pieces(d_in: int, d_sae: int, batch: int, k: int, l0: float) -> list[Piece]:
         Piece("sddmm", lambda _: kernels.sddmm(indices, offsets, x, W_dec),
               weight + gradients + codes, 2 * nnz * d_in),
         Piece("transpose", lambda _: kernels.transpose(indices, offsets, d_sae), 24.0 * nnz + 8 * d_sae, 0.0),
-        Piece("scatter_outer", lambda _: kernels.scatter_outer(indices, values, offsets, x, d_sae),
-              weight + gradients + codes, 2 * nnz * d_in),
+        Piece("scatter_outer", scatter, weight + gradients + codes, 2 * nnz * d_in),
         Piece("adam_rows, unit rows", adam, weight * 7 + (0.75 * weight if low else 0), 0.0),
     ]  # fmt: skip
     return found
