@@ -43,8 +43,6 @@ void for_hits(int64_t rows, const Hits &hits, const Add &add) {
     for (; which; which &= which - 1) add(__builtin_ctz(which));
 }
 
-inline Vec sized(Vec v, bool magnitude) { return magnitude ? absolute(v) : v; }
-
 // For each row its k largest: while products are made, the k-th largest so far rises, and fewer and fewer reach it.
 template <bool MAGNITUDE>
 struct PickLargest {
@@ -56,10 +54,10 @@ struct PickLargest {
         int64_t limit;  // of picks, at which the floor is looked for again
     };
 
-    void begin(Picked &picked, State &state, const Row &row, int64_t i) const {
-        state.cut = row.floor > -INF ? cut_for(row.floor, s, i) : -INF;
+    void begin(Picked &picked, State &state) const {
+        state.cut = -INF;
         state.limit = 2 * k + 128;
-        picked.make_room(2 * state.limit);  // hardly any row asks for more
+        picked.make_room(state.limit + 256);  // few rows ask for more
     }
     void look(const int32_t *products, const Place &at, Picked *picked, State *states) const {
         const Latents a = at.half(s, 0), b = at.half(s, 1);
@@ -96,7 +94,7 @@ struct PickLargest {
         row.floor = floor;
         state.cut = cut_for(floor, s, i);
         const Vec cut = all(state.cut);
-        picked.keep_if([&](Vec v, __m512i) { return at_least(sized(v, MAGNITUDE), cut); });
+        picked.keep_if([&](Vec v) { return at_least(sized(v, MAGNITUDE), cut); });
     }
     void end(Picked &picked, State &state, Row &row, int64_t i) const {
         tighten(picked, state, row, i);
@@ -114,7 +112,7 @@ struct PickAbove {
     bool count_certain;
     struct State {};
 
-    void begin(Picked &picked, State &, const Row &, int64_t) const { picked.make_room(256); }
+    void begin(Picked &picked, State &) const { picked.make_room(256); }
     void look(const int32_t *products, const Place &at, Picked *picked, State *) const {
         struct Half : Latents {
             Vec norms, errors, needed, bias_slack;
@@ -163,7 +161,7 @@ struct PickGroups {
     float *floors;
     struct State {};
 
-    void begin(Picked &picked, State &, const Row &, int64_t) const { picked.make_room(4 * groups + 256); }
+    void begin(Picked &picked, State &) const { picked.make_room(4 * groups + 256); }
     void look(const int32_t *products, const Place &at, Picked *picked, State *) const {
         for (int h = 0; h < 2; h++) {
             const Latents l = at.half(s, h);
@@ -228,7 +226,7 @@ void pick_candidates(Collector &collector, int64_t first, int64_t width, int64_t
         for (int64_t start = 0; start < collector.n; start += rows) {
             const int64_t n = collector.n - start < rows ? collector.n - start : rows;
             const PackedRows packed(s.row_bytes + start * d, n, d);
-            for (int64_t i = 0; i < n; i++) pick.begin(picked[i], states[i], collector.rows[start + i], start + i);
+            for (int64_t i = 0; i < n; i++) pick.begin(picked[i], states[i]);
             for (int64_t at = first; at < end; at += TILE_LATENTS) {
                 pack_latents(s.bytes + at * d, end - at < TILE_LATENTS ? end - at : TILE_LATENTS, d, latents);
                 const int8_t *next = s.bytes + (at + TILE_LATENTS) * d, *last = next + TILE_LATENTS * d;

@@ -8,6 +8,8 @@
 
 namespace {
 
+inline Vec sized(Vec v, bool magnitude) { return magnitude ? absolute(v) : v; }
+
 // What has been picked of a row: fewer bytes than its candidates, and written a vector at a time.
 struct Picked {
     float *values;
@@ -37,30 +39,30 @@ struct Picked {
         _mm512_storeu_si512(latents + count, _mm512_maskz_compress_epi32(which, j));
         count += __builtin_popcount(which);
     }
-    // Keep the picks of each vector for which wanted(values, latents) has a bit.
+    // One bit for each of the LANES picks from c on that there are.
+    __mmask16 there(int64_t c) const { return count - c < LANES ? (1u << (count - c)) - 1 : 0xffff; }
+
+    // Keep the picks of each vector for which wanted(values) has a bit.
     template <class Wanted>
     void keep_if(const Wanted &wanted) {
         int64_t kept = 0;
         for (int64_t c = 0; c < count; c += LANES) {
-            const __mmask16 there = count - c < LANES ? (1u << (count - c)) - 1 : 0xffff;
-            const __m512 v = _mm512_maskz_loadu_ps(there, values + c);
-            const __m512i j = _mm512_maskz_loadu_epi32(there, latents + c);
-            const __mmask16 which = wanted((Vec)v, j) & there;
+            const __m512 v = _mm512_maskz_loadu_ps(there(c), values + c);
+            const __m512i j = _mm512_maskz_loadu_epi32(there(c), latents + c);
+            const __mmask16 which = wanted((Vec)v) & there(c);
             store(values + kept, (Vec)_mm512_maskz_compress_ps(which, v));
             _mm512_storeu_si512(latents + kept, _mm512_maskz_compress_epi32(which, j));
             kept += __builtin_popcount(which);
         }
         count = kept;
     }
-    // At most the k-th largest of the values, and hardly less: what lies between the smallest and the largest is halved
-    // until exactly k are above it.
+    // At most the k-th largest of the values, and seldom much less: what lies between the smallest and the largest is
+    // halved until exactly k reach it, or nine times; more often where a few values lie far above the others.
     template <bool MAGNITUDE>
     float about_kth_largest(int64_t k) const {
         constexpr float NONE = MAGNITUDE ? 0 : -INF;
         const auto at = [&](int64_t c, float missing) {
-            const __mmask16 there = count - c < LANES ? (1u << (count - c)) - 1 : 0xffff;
-            const Vec v = (Vec)_mm512_mask_loadu_ps((__m512)all(missing), there, values + c);
-            return MAGNITUDE ? absolute(v) : v;
+            return sized((Vec)_mm512_mask_loadu_ps((__m512)all(missing), there(c), values + c), MAGNITUDE);
         };
         Vec least = all(INF), most = all(NONE);
         for (int64_t c = 0; c < count; c += LANES) {
@@ -68,13 +70,15 @@ struct Picked {
             least = -larger(-least, -at(c, INF));
         }
         float low = _mm512_reduce_min_ps((__m512)least), high = _mm512_reduce_max_ps((__m512)most);
-        for (int i = 0; i < 9; i++) {
+        int64_t left = count;
+        for (int i = 0; i < 9 || (i < 32 && left > 2 * k); i++) {
             const float middle = low + (high - low) / 2;
             const Vec bound = all(middle);
             int64_t reach = 0;
             for (int64_t c = 0; c < count; c += LANES)
                 reach += __builtin_popcount(at_least(at(c, NONE), bound));
             (reach < k ? high : low) = middle;
+            if (reach >= k) left = reach;
             if (reach == k) break;
         }
         return low;
@@ -87,11 +91,10 @@ struct Picked {
             row.at = static_cast<Candidate *>(std::realloc(row.at, row.room * sizeof(Candidate)));
         }
         for (int64_t c = 0; c < count; c += LANES) {
-            const __mmask16 there = count - c < LANES ? (1u << (count - c)) - 1 : 0xffff;
-            const Vec v = (Vec)_mm512_maskz_loadu_ps(there, values + c);
-            const __m512i j = _mm512_maskz_loadu_epi32(there, latents + c);
+            const Vec v = (Vec)_mm512_maskz_loadu_ps(there(c), values + c);
+            const __m512i j = _mm512_maskz_loadu_epi32(there(c), latents + c);
             const Vec slack = slacks(v, j);
-            const uint32_t which = wanted(v, j, slack, there) & there;
+            const uint32_t which = wanted(v, j, slack, there(c)) & there(c);
             alignas(64) float of[LANES], open[LANES];
             alignas(64) int32_t latent[LANES];
             store(of, (Vec)_mm512_maskz_compress_ps(which, (__m512)v));
