@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from unweave import OrderedBatches, Selection, StoreBatches, UnweaveError, shuffle_quality
 from unweave.activations.cache import Store
+from unweave.activations.cache.batches import _runs
 from unweave.activations.cache.quality import quality_of
 
 Make = Callable[..., Store]
@@ -287,3 +288,10 @@ def _from(rows: Store, state: Any) -> StoreBatches:
     batches = StoreBatches(rows, 512, 128 * 512)
     batches.load_state_dict(state)
     return batches
+
+
+@given(st.lists(st.integers(0, 30), unique=True))
+def test_what_is_asked_for_beforehand_is_what_comes_in_few_calls(blocks):
+    runs = list(_runs(torch.tensor(blocks, dtype=torch.int64)))
+    assert [b for first, last in runs for b in range(first, last + 1)] == sorted(blocks)
+    assert all(after - last > 1 for (_, last), (after, _) in pairwise(runs))

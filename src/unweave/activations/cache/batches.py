@@ -213,9 +213,8 @@ class StoreBatches(Iterator[dict[str, Tensor]]):
         """The chosen rows of the next blocks, enough for `n` rows if nothing is left out."""
         blocks = self._order[self._block : self._block + -(-n // BLOCK_ROWS)]
         self._block += len(blocks)
-        for block in blocks.tolist():
-            start = block * BLOCK_ROWS
-            self.store.prefetch(start, min(start + BLOCK_ROWS, self.store.n_rows), self.hooks)
+        for first, last in _runs(blocks):  # few calls, and in the order of the file
+            self.store.prefetch(first * BLOCK_ROWS, min((last + 1) * BLOCK_ROWS, self.store.n_rows), self.hooks)
         rows = (blocks[:, None] * BLOCK_ROWS + torch.arange(BLOCK_ROWS)).flatten()
         rows = rows[rows < self.store.n_rows]
         return rows if self.selected.keep is None else rows[torch.from_numpy(self.selected.keep)[rows]]
@@ -238,3 +237,11 @@ class StoreBatches(Iterator[dict[str, Tensor]]):
             name: (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
             for name, x in batch.items()
         }
+
+
+def _runs(numbers: Int64[Tensor, " n"]) -> Iterator[tuple[int, int]]:
+    """The first and the last of each run of neighbouring numbers."""
+    ordered = np.sort(numbers.numpy())
+    gaps = np.flatnonzero(np.diff(ordered) != 1)
+    firsts, lasts = np.append(ordered[:1], ordered[gaps + 1]), np.append(ordered[gaps], ordered[-1:])
+    return zip(firsts.tolist(), lasts.tolist(), strict=True)
