@@ -111,6 +111,16 @@ def test_floors_rise_many_times(d):
             both(x, ordered.T, torch.zeros(5000), spec)
 
 
+@pytest.mark.parametrize("lift", [1e2, 1e4, 1e7])
+def test_fewer_than_k_latents_lie_far_above_the_others(lift):
+    """Halving what lies between the picks has to go on until the others are told apart."""
+    x, rows, bias = torch.randn(30, 256), torch.randn(5000, 256) / 16, torch.zeros(5000)
+    bias[::1000] = lift
+    for magnitude in (False, True):
+        found = both(x, rows.T, bias, Largest(32, magnitude))
+        assert torch.isin(torch.arange(0, 5000, 1000), found.indices[:32]).all()
+
+
 @pytest.mark.parametrize("own_products", [True, False])
 def test_only_rows_with_a_wrong_guess_are_computed_again(monkeypatch, own_products):
     """Where all errors have one sign, pre-activations look larger than they are by more than is guessed."""
