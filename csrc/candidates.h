@@ -152,10 +152,23 @@ inline float cut_for(float floor, const Screen &s, int64_t row) {
 template <class Chosen>
 uint32_t kth_candidate(const Row &row, int64_t k, bool magnitude, bool at_least, Keys &keys, const Chosen &chosen) {
     keys.reserve(row.count);
-    for (int64_t c = 0; c < row.count; c++)
-        if (chosen(row.at[c]))
-            keys.at[keys.count++] = key(size_of(row.at[c].value, magnitude) - (at_least ? row.at[c].slack : 0));
+    for (int64_t c = 0; c < row.count; c++) {
+        keys.at[keys.count] = key(size_of(row.at[c].value, magnitude) - (at_least ? row.at[c].slack : 0));
+        keys.count += bool(chosen(row.at[c]));
+    }
     return keys.kth_largest(k, 32);
+}
+
+// Without a branch, which would be guessed wrong for one candidate in three.
+template <class Keep>
+void keep_if(Row &row, const Keep &keep) {
+    int64_t kept = 0;
+    for (int64_t c = 0; c < row.count; c++) {
+        const Candidate now = row.at[c];
+        row.at[kept] = now;
+        kept += bool(keep(now));
+    }
+    row.count = kept;
 }
 
 // Drop what the row's candidates show to be out of reach: the k-th largest of what they are at least is a floor.
@@ -163,18 +176,7 @@ inline void prune(Row &row, int64_t k, bool magnitude, Keys &keys) {
     if (row.count < k) return;
     const float floor = of_key(kth_candidate(row, k, magnitude, true, keys, [](const Candidate &) { return true; }));
     if (floor > row.floor) row.floor = floor;
-    int64_t kept = 0;
-    for (int64_t c = 0; c < row.count; c++)
-        if (size_of(row.at[c].value, magnitude) + row.at[c].slack >= row.floor) row.at[kept++] = row.at[c];
-    row.count = kept;
-}
-
-template <class Keep>
-void keep_if(Row &row, const Keep &keep) {
-    int64_t kept = 0;
-    for (int64_t c = 0; c < row.count; c++)
-        if (keep(row.at[c])) row.at[kept++] = row.at[c];
-    row.count = kept;
+    keep_if(row, [&](const Candidate &c) { return size_of(c.value, magnitude) + c.slack >= row.floor; });
 }
 
 // For every row, on any thread: act(row, its number, scratch memory).

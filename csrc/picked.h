@@ -59,15 +59,13 @@ struct Picked {
     // At most the k-th largest of the values, and seldom much less: what lies between the smallest and the largest is
     // halved until exactly k reach it, or nine times; more often where a few values lie far above the others.
     template <bool MAGNITUDE>
-    float about_kth_largest(int64_t k) const {
-        constexpr float NONE = MAGNITUDE ? 0 : -INF;
-        const auto at = [&](int64_t c, float missing) {
-            return sized((Vec)_mm512_mask_loadu_ps((__m512)all(missing), there(c), values + c), MAGNITUDE);
-        };
-        Vec least = all(INF), most = all(NONE);
+    float about_kth_largest(int64_t k) {
+        store(values + count, all(MAGNITUDE ? 0 : -INF));  // what no bound counts, in the rest of the last vector
+        const auto at = [&](int64_t c) { return sized(load(values + c), MAGNITUDE); };
+        Vec least = all(INF), most = at(0);
         for (int64_t c = 0; c < count; c += LANES) {
-            most = larger(most, at(c, NONE));
-            least = -larger(-least, -at(c, INF));
+            most = larger(most, at(c));
+            least = (Vec)_mm512_mask_min_ps((__m512)least, there(c), (__m512)least, (__m512)at(c));
         }
         float low = _mm512_reduce_min_ps((__m512)least), high = _mm512_reduce_max_ps((__m512)most);
         int64_t left = count;
@@ -76,7 +74,7 @@ struct Picked {
             const Vec bound = all(middle);
             int64_t reach = 0;
             for (int64_t c = 0; c < count; c += LANES)
-                reach += __builtin_popcount(at_least(at(c, NONE), bound));
+                reach += __builtin_popcount(at_least(at(c), bound));
             (reach < k ? high : low) = middle;
             if (reach >= k) left = reach;
             if (reach == k) break;

@@ -13,8 +13,10 @@ template <class Wanted>
 void compute_exactly(Row &row, int64_t i, const float *x, const float *weight, int64_t d, const Screen &s, Keys &todo,
                      const Wanted &wanted) {
     todo.reserve(row.count);
-    for (int64_t c = 0; c < row.count; c++)
-        if (row.at[c].stage != EXACT && wanted(row.at[c])) todo.at[todo.count++] = c;
+    for (int64_t c = 0; c < row.count; c++) {
+        todo.at[todo.count] = c;
+        todo.count += row.at[c].stage != EXACT && wanted(row.at[c]);
+    }
     for (int64_t t = 0; t < todo.count; t++) {
         Candidate &now = row.at[todo.at[t]];
         const int64_t later = row.at[todo.at[t + AHEAD < todo.count ? t + AHEAD : t]].latent;
@@ -85,35 +87,6 @@ void for_groups(Candidate *at, int64_t count, const Act &act) {
     for (; AT_ONCE == 4 && count >= 4; at += 4, count -= 4) act(std::integral_constant<int, 4>(), at);
     for (; count >= 2; at += 2, count -= 2) act(std::integral_constant<int, 2>(), at);
     if (count) act(std::integral_constant<int, 1>(), at);
-}
-
-// Compute all candidates exactly. Where there are many, most share their latents with others.
-inline void compute_all_exactly(Collector &collector, const float *x, const float *weight, int64_t m, int64_t d,
-                                const Screen &s) {
-    if (how_many(collector) < m)
-        return for_rows(collector, [&](Row &row, int64_t i, Keys &keys) {
-            compute_exactly(row, i, x, weight, d, s, keys, [](const Candidate &) { return true; });
-        });
-    const auto ask_for = [d](const float *row) {
-        for (int64_t c = 0; c < d; c += 16) prefetch(row + c);
-    };
-    for_blocks(
-        collector, m, 4 * d, [&](int64_t j) { ask_for(weight + j * d); }, [&](int64_t i) { ask_for(x + i * d); },
-        [&](int64_t i, Candidate *at, int64_t count) {
-            for_groups(at, count, [&](auto k, Candidate *now) {
-                constexpr int K = decltype(k)::value;
-                const float *rows[K];
-                float values[K];
-                for (int c = 0; c < K; c++) rows[c] = weight + now[c].latent * d;
-                dots<K>(x + i * d, rows, d, values);
-                // Not the latents: other threads read those of the row, to find where their blocks begin.
-                for (int c = 0; c < K; c++) {
-                    now[c].value = values[c] + s.bias[now[c].latent];
-                    now[c].slack = 0;
-                    now[c].stage = EXACT;
-                }
-            });
-        });
 }
 
 // Add the rests to what all candidates are.

@@ -143,13 +143,20 @@ inline int how_many_reach(const uint32_t *p, uint32_t bound) {
 #endif
 }
 
+// A fixed tree, so that a sum does not depend on what the compiler finds convenient.
 inline float sum(Vec v) {
-    // A fixed tree, so that a sum does not depend on what the compiler finds convenient.
+#if defined(__AVX512F__)
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+#else
     float lane[LANES];
     store(lane, v);
     for (int width = LANES / 2; width > 0; width /= 2)
         for (int i = 0; i < width; i++) lane[i] += lane[i + width];
     return lane[0];
+#endif
 }
 
 // The rows that one token needs are scattered over a matrix, so no hardware foresees them: while one is worked on, the
