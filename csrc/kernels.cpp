@@ -196,15 +196,9 @@ void UW_EXPORT(dense_back)(void *back, const void *pre, i64 half, i64 n, i64 m, 
                    windows, towards);
 }
 
-// The k-th largest of n >= k values.
-float UW_EXPORT(kth_largest)(const float *values, i64 n, i64 k) {
-    Keys keys{};
-    keys.reserve(n);
-    for (i64 i = 0; i < n; i++) keys.at[i] = key(values[i]);
-    keys.count = n;
-    const float found = of_key(keys.kth_largest(k, 32));
-    std::free(keys.at);
-    return found;
+// Keep the `budget` largest of a batch's candidates, of which there are more, in their order; the first of equals stay.
+void UW_EXPORT(largest_of_batch)(i64 *counts, i64 rows, i64 *indices, float *values, i64 budget) {
+    keep_largest_of_batch(counts, rows, indices, values, budget);
 }
 
 // Copy the kept candidates out, row after row.

@@ -213,6 +213,31 @@ void keep_largest(T *tile, int64_t n, int64_t width, int64_t k) {
     }
 }
 
+// Keep the `budget` largest of all candidates of a batch, of which there are more, in their order; of equals the first.
+inline void keep_largest_of_batch(int64_t *counts, int64_t rows, int64_t *indices, float *values, int64_t budget) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < rows; i++) total += counts[i];
+    Keys keys{};
+    keys.reserve(total);
+    for (int64_t c = 0; c < total; c++) keys.at[c] = key(values[c]);
+    keys.count = total;
+    const uint32_t last = keys.kth_largest(budget, 32);
+    int64_t ties = budget;
+    for (int64_t c = 0; c < total; c++) ties -= keys.at[c] > last;
+    for (int64_t i = 0, c = 0, out = 0; i < rows; i++) {
+        const int64_t before = out;
+        for (const int64_t end = c + counts[i]; c < end; c++) {
+            const bool tied = keys.at[c] == last;
+            indices[out] = indices[c];
+            values[out] = values[c];
+            out += keys.at[c] > last || (tied && ties > 0);
+            ties -= tied;
+        }
+        counts[i] = out - before;
+    }
+    std::free(keys.at);
+}
+
 // Look at a tile for the largest pre-activation of each group of `size` neighbouring latents; tiles hold whole groups.
 template <class T>
 void scan_groups(Collector &collector, const T *tile, int64_t width, int64_t first, const Screen &s, int64_t size) {

@@ -99,7 +99,6 @@ struct Extra {
 void scatter_outer(const int64_t *latents, int64_t count, const int64_t *order, const int64_t *rows,
                    const int64_t *ends, const float *values, const float *x, int64_t d, int64_t rows_per_x,
                    const Extra extra, float *out, float *squares) {
-    constexpr int64_t TILE = 16 * LANES;
 #pragma omp parallel for schedule(dynamic, 16)
     for (int64_t s = 0; s < count; s++) {
         const int64_t j = latents ? latents[s] : s;
@@ -111,16 +110,21 @@ void scatter_outer(const int64_t *latents, int64_t count, const int64_t *order, 
         else
             std::memcpy(row, extra.start + slot * d, d * sizeof(float));
         int64_t c = 0;
-        for (; first < last && c + TILE <= d; c += TILE) {
-            Vec t[16];
-            for (int i = 0; i < 16; i++) t[i] = load(row + c + i * LANES);
-            for (int64_t e = first; e < last; e++) {
-                const float *source = x + rows[e] / rows_per_x * d + c;
-                const Vec v = all(values[order[e]]);
-                for (int i = 0; i < 16; i++) t[i] += v * load(source + i * LANES);
+        const auto sum_columns = [&](auto vectors) {
+            constexpr int N = decltype(vectors)::value;
+            for (; first < last && c + N * LANES <= d; c += N * LANES) {
+                Vec t[N];
+                for (int i = 0; i < N; i++) t[i] = load(row + c + i * LANES);
+                for (int64_t e = first; e < last; e++) {
+                    const float *source = x + rows[e] / rows_per_x * d + c;
+                    const Vec v = all(values[order[e]]);
+                    for (int i = 0; i < N; i++) t[i] += v * load(source + i * LANES);
+                }
+                for (int i = 0; i < N; i++) store(row + c + i * LANES, t[i]);
             }
-            for (int i = 0; i < 16; i++) store(row + c + i * LANES, t[i]);
-        }
+        };
+        sum_columns(std::integral_constant<int, 16>());
+        sum_columns(std::integral_constant<int, 8>());
         for (int64_t e = first; c < d && e < last; e++)
             add1(row + c, x + rows[e] / rows_per_x * d + c, values[order[e]], d - c);
         if (extra.along && extra.along[j] != 0) add1(row, extra.weight + j * d, extra.along[j], d);

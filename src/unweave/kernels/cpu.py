@@ -44,7 +44,7 @@ _SIGNATURES = {  # p: pointer or None, i: int64, u: uint64, f: float, d: double;
     "finish_groups": "pppiipiipp",
     "dense_codes": "piiipppp:i",
     "dense_back": "ppiiippfppp",
-    "kth_largest": "pii:f",
+    "largest_of_batch": "pippi",
     "take": "ppp",
     "adam_rows": "piippppiffffffuip",
     "gather_rows": "piippiiipi",
@@ -241,9 +241,10 @@ def dense_back(
     call("dense_back", back, pre, low, *pre.shape, theta, add, half_width, bias, windows, towards)
 
 
-def kth_largest(values: Float[Tensor, " n"], k: int) -> float:
-    """The k-th largest of at least k values."""
-    return float(call("kth_largest", values, len(values), k))
+def largest_of_batch_(candidates: Selection, budget: int) -> Selection:
+    """See `unweave.kernels.select.largest_of_batch`; the candidates, which are more than `budget`, are overwritten."""
+    call("largest_of_batch", candidates.counts, len(candidates.counts), candidates.indices, candidates.values, budget)
+    return Selection(candidates.counts, candidates.indices[:budget], candidates.values[:budget])
 
 
 class Collector:

@@ -163,10 +163,8 @@ def _largest_of_batch(
     if len(found.values) <= budget:
         return found
     if backend("encode_select", found.values) == "cpu":
-        smallest = found.values.new_tensor(cpu.kth_largest(found.values, budget))
-    else:
-        smallest = found.values.topk(budget, sorted=False).values.amin()
-    return select.largest_of_batch(found, budget, smallest)
+        return cpu.largest_of_batch_(found, budget)
+    return select.largest_of_batch(found, budget, found.values.topk(budget, sorted=False).values.amin())
 
 
 def _probe(x: Tensor, W_enc: Tensor, b_enc: Tensor, budget: int) -> float:

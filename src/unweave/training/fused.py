@@ -29,6 +29,8 @@ from unweave.training.step import Step
 SPARSE_BELOW, DENSE_ABOVE = 0.04, 0.06
 """Densities at which execution changes from dense to sparse and back; between them it stays as it is."""
 _FIRST_ROWS = 32
+_NARROWEST_MARGIN, _WIDEST_MARGIN = 0.005, 0.03
+"""Of a guess of BatchTopK's smallest winner: what lies between is computed for nothing, and too few make it guess again."""
 _ENTRY_BYTES = 45
 """What a sparse step takes for each code at its peak: indices, values, gradients, and their order by latent."""
 
@@ -69,6 +71,8 @@ class Fused:
     """Whether a step was taken, or tried."""
     bound: float | None = None
     """Smallest winner of the last batch (BatchTopK)."""
+    margin: float = _WIDEST_MARGIN
+    """How far below it that of the next batch is looked for, as a share."""
 
     def __call__(
         self, x: Float[Tensor, "n d_in"], dead: Bool[Tensor, " d_sae"], penalty: float, screen: kernels.Screen | None
@@ -127,7 +131,8 @@ class Fused:
         sae, config = self.sae, self.config
         spec = sae.activation.selection(sae.threshold, len(centred))
         if isinstance(spec, kernels.LargestOfBatch):
-            spec = kernels.LargestOfBatch(spec.budget, spec.hint if self.bound is None else 0.97 * self.bound)
+            hint = spec.hint if self.bound is None else (1 - self.margin) * self.bound
+            spec = kernels.LargestOfBatch(spec.budget, hint)
         # Matryoshka stays sparse: each of its prefixes would take dense products of its own.
         switches = isinstance(spec, kernels.Above) and not self.widths
         found = kernels.encode_select(
@@ -135,7 +140,9 @@ class Fused:
             max_density=DENSE_ABOVE if switches else 1.0,
         )  # fmt: skip
         if isinstance(spec, kernels.LargestOfBatch):
-            self.bound = found.values.min().item() if len(found.values) == spec.budget else None
+            before, self.bound = self.bound, found.values.min().item() if len(found.values) == spec.budget else None
+            if before and self.bound:
+                self.margin = min(max(3 * abs(self.bound / before - 1), _NARROWEST_MARGIN), _WIDEST_MARGIN)
         return found
 
     def _sparse(
@@ -217,7 +224,7 @@ class Fused:
         fired = _by_latent(indices, active, m)
         smallest = None
         if isinstance(config.activation, BatchTopK):
-            smallest = codes[active].min() if bool(active.any()) else None
+            smallest = codes.where(active, torch.inf).min() if bool(active.any()) else None
         return Step(loss, kernels.ordered_sum(errors[:, -1]), l0, fired, smallest, grads, squares)
 
     def _weight_gradients(
