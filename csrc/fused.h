@@ -34,13 +34,14 @@ struct Place {
     Row &of(int64_t r) const { return collector.rows[row + r]; }
 };
 
-// Call add(r) for the rows of a tile for which hits(r) is not 0. All are asked before any is added to: some have hits,
-// and a branch for each row, which the processor can only guess, takes longer than asking.
+// Call add(r, h) for the vectors of a tile, two to a row, for which hits(r, h) is not 0. All are asked before any is added
+// to: some have hits, and a branch for each, which the processor can only guess, takes longer than asking.
 template <class Hits, class Add>
 void for_hits(int64_t rows, const Hits &hits, const Add &add) {
     uint32_t which = 0;
-    for (int64_t r = 0; r < rows; r++) which |= uint32_t(hits(r) != 0) << r;
-    for (; which; which &= which - 1) add(__builtin_ctz(which));
+    for (int64_t r = 0; r < rows; r++)
+        which |= uint32_t(hits(r, 0) != 0) << 2 * r | uint32_t(hits(r, 1) != 0) << (2 * r + 1);
+    for (; which; which &= which - 1) add(__builtin_ctz(which) / 2, __builtin_ctz(which) % 2);
 }
 
 // For each row its k largest: while products are made, the k-th largest so far rises, and fewer and fewer reach it.
@@ -60,23 +61,18 @@ struct PickLargest {
         picked.make_room(state.limit + 256);  // few rows ask for more
     }
     void look(const int32_t *products, const Place &at, Picked *picked, State *states) const {
-        const Latents a = at.half(s, 0), b = at.half(s, 1);
-        const auto values = [&](const Latents &l, int64_t r) {
-            return l.values(products + r * TILE_LATENTS + (l.first - at.latent), s.row_scales[at.row + r]);
+        const Latents halves[2] = {at.half(s, 0), at.half(s, 1)};
+        const auto values = [&](int64_t r, int h) {
+            return halves[h].values(products + r * TILE_LATENTS + h * LANES, s.row_scales[at.row + r]);
         };
-        const auto hits = [&](const Latents &l, Vec v, Vec cut) {
-            return at_least(sized(v, MAGNITUDE), cut) & l.there;
+        const auto hits = [&](int64_t r, int h, Vec v) {
+            return at_least(sized(v, MAGNITUDE), all(states[r].cut)) & halves[h].there;
         };
         for_hits(
-            at.rows,
-            [&](int64_t r) {
-                const Vec cut = all(states[r].cut);
-                return hits(a, values(a, r), cut) | hits(b, values(b, r), cut);
-            },
-            [&](int64_t r) {
-                const Vec cut = all(states[r].cut), v = values(a, r), w = values(b, r);
-                picked[r].add(v, a.first, hits(a, v, cut));
-                picked[r].add(w, b.first, hits(b, w, cut));
+            at.rows, [&](int64_t r, int h) { return hits(r, h, values(r, h)); },
+            [&](int64_t r, int h) {
+                const Vec v = values(r, h);
+                picked[r].add(v, halves[h].first, hits(r, h, v));
                 if (picked[r].count <= states[r].limit) return;
                 tighten(picked[r], states[r], at.of(r), at.row + r);
                 // What stays is looked at again when as much has come, so that this takes a small part of the time.
@@ -122,10 +118,10 @@ struct PickAbove {
             return Half{l, l.get(s.norms), l.get(s.errors), l.get(bounds), rel * absolute(l.bias) + tiny};
         };
         const Half halves[2] = {half(at.half(s, 0)), half(at.half(s, 1))};
-        const auto values = [&](int h, int64_t r) {
+        const auto values = [&](int64_t r, int h) {
             return halves[h].values(products + r * TILE_LATENTS + h * LANES, s.row_scales[at.row + r]);
         };
-        const auto hits = [&](int h, int64_t r, Vec v) {
+        const auto hits = [&](int64_t r, int h, Vec v) {
             const Half &now = halves[h];
             const int64_t i = at.row + r;
             const Vec by_norm = all(s.by_norm[i] * 1.00001f), by_error = all(s.by_error[i] * 1.00001f);
@@ -133,12 +129,10 @@ struct PickAbove {
             return at_least(v + slack, now.needed) & now.there;
         };
         for_hits(
-            at.rows, [&](int64_t r) { return hits(0, r, values(0, r)) | hits(1, r, values(1, r)); },
-            [&](int64_t r) {
-                for (int h = 0; h < 2; h++) {
-                    const Vec v = values(h, r);
-                    picked[r].add(v, halves[h].first, hits(h, r, v));
-                }
+            at.rows, [&](int64_t r, int h) { return hits(r, h, values(r, h)); },
+            [&](int64_t r, int h) {
+                const Vec v = values(r, h);
+                picked[r].add(v, halves[h].first, hits(r, h, v));
                 if (picked[r].full()) picked[r].make_room(2 * picked[r].count);
             });
     }

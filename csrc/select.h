@@ -200,14 +200,34 @@ void keep_largest(T *tile, int64_t n, int64_t width, int64_t k) {
         for (int64_t i = 0; i < n; i++) {
             T *p = tile + i * width;
             keys.reserve(width);
-            for (int64_t c = 0; c < width; c++) keys.at[c] = key(value(p[c]));
+            int64_t done = 0;
+            for (; done + LANES <= width; done += LANES) {
+                const VecBits bits = (VecBits)(load(p + done) + 0.0f);
+                const VecBits keyed = bits ^ (-(bits >> 31) | 0x80000000u);  // as `key`
+                std::memcpy(keys.at + done, &keyed, sizeof keyed);
+            }
+            for (; done < width; done++) keys.at[done] = key(value(p[done]));
             keys.count = width;
-            uint32_t last = keys.kth_largest(k, 32);
-            int64_t ties = k;
-            for (int64_t c = 0; c < width; c++) ties -= keys.at[c] > last;
-            if (last < key(0)) ties = 0, last = key(0);  // fewer than k are positive
-            for (int64_t c = 0; c < width; c++)
-                if (!(keys.at[c] > last || (keys.at[c] == last && ties-- > 0))) p[c] = T{};
+            // Of a positive bf16 nothing is beyond the first 16 bits.
+            const uint32_t last = keys.kth_largest(k, std::is_same_v<T, bf16> ? 16 : 32);
+            const bool few = last < key(0);  // are positive
+            const uint32_t least = few ? key(0) + 1 : last;
+            int64_t reach = 0;
+            for (int64_t c = 0; c < width; c++) reach += keys.at[c] >= least;
+            int64_t c = 0;
+            for (; c + LANES <= width; c += LANES) {
+                VecBits keyed;
+                std::memcpy(&keyed, keys.at + c, sizeof keyed);
+                const VecBits kept = (VecBits)load(p + c) & (VecBits)(keyed >= least);
+                if constexpr (std::is_same_v<T, bf16>)
+                    store(p + c, kept >> 16);
+                else
+                    store(p + c, (Vec)kept);
+            }
+            for (; c < width; c++) p[c] = keys.at[c] < least ? T{} : p[c];
+            int64_t surplus = few ? 0 : reach - k;
+            for (c = width - 1; surplus > 0; c--)
+                if (keys.at[c] == last) p[c] = T{}, surplus--;
         }
         std::free(keys.at);
     }
