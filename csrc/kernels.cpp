@@ -5,6 +5,7 @@
 #include "dense.h"
 #include "fused.h"
 #include "gather.h"
+#include "largest.h"
 #include "optimizer.h"
 #include "select.h"
 #include "sparse.h"

@@ -189,26 +189,6 @@ inline float dot(const float *a, const float *b, int64_t d) { return dot(a, b, d
 // How many rows are multiplied with one at a time, so that this one is read once for all of them.
 constexpr int AT_ONCE = LANES == 16 ? 4 : 2;
 
-// The dot products of a row with K others, each as `dot` gives it, bit for bit.
-template <int K>
-inline void dots(const float *a, const float *const *b, int64_t d, float *out) {
-    Vec s[K][4]{};
-    int64_t c = 0;
-    for (; c + 4 * LANES <= d; c += 4 * LANES)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-            const Vec v = load(a + c + i * LANES);
-#pragma GCC unroll 4
-            for (int k = 0; k < K; k++) s[k][i] += v * load(b[k] + c + i * LANES);
-        }
-    for (; c + LANES <= d; c += LANES)
-        for (int k = 0; k < K; k++) s[k][0] += load(a + c) * load(b[k] + c);
-    for (int k = 0; k < K; k++) {
-        out[k] = sum((s[k][0] + s[k][1]) + (s[k][2] + s[k][3]));
-        for (int64_t t = c; t < d; t++) out[k] += a[t] * b[k][t];
-    }
-}
-
 #if defined(__AVX512VNNI__)
 // at(a pointer) for every 64 bytes, of which the last may have fewer.
 template <class At>

@@ -445,6 +445,34 @@ class Doubled(Trainee):
         return 2 * loss, x_hat, codes
 
 
+def test_a_guess_of_the_smallest_winner_changes_no_bit():
+    trainee, x = make(SAEConfig(d_sae=96, activation=BatchTopK(4)), n=256, d=24)
+    twin = copy.deepcopy(trainee)
+    for size in (1.0, 1.001, 0.999, 0.5, 2.0, 0.01, 1.0):
+        guessing = trainee.fused(size * x, trainee.dead, 0.0, None)
+        guessing = guessing._replace(grads=copy.deepcopy(guessing.grads))
+        afresh = run(twin, size * x)
+        assert torch.equal(guessing.loss, afresh.loss)
+        for name, parameter in trainee.sae.named_parameters():
+            assert torch.equal(full(guessing.grads[name], parameter), full(afresh.grads[name], parameter))
+
+
+def test_a_guess_is_as_close_as_the_smallest_winner_moves():
+    trainee, x = make(SAEConfig(d_sae=96, activation=BatchTopK(4)), n=256, d=24)
+
+    def margin_after(*sizes):
+        for size in sizes:
+            trainee.fused(size * x, trainee.dead, 0.0, None)
+        return trainee.fused.margin
+
+    assert margin_after(1.0) == fused._WIDEST_MARGIN
+    assert margin_after(*[1.0] * 20) == fused._NARROWEST_MARGIN
+    moved = trainee.fused.bound
+    margin = margin_after(1.002)
+    assert margin == pytest.approx(max(2 * (trainee.fused.bound / moved - 1), fused._NARROWEST_MARGIN))
+    assert margin_after(3.0) == fused._WIDEST_MARGIN
+
+
 def test_a_loss_of_ones_own_goes_through_autograd():
     sample = torch.randn(40, 6)
     config = SAEConfig(d_sae=30, activation=TopK(3))

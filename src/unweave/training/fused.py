@@ -30,7 +30,7 @@ SPARSE_BELOW, DENSE_ABOVE = 0.04, 0.06
 """Densities at which execution changes from dense to sparse and back; between them it stays as it is."""
 _FIRST_ROWS = 32
 _NARROWEST_MARGIN, _WIDEST_MARGIN = 0.005, 0.03
-"""Of a guess of BatchTopK's smallest winner: what lies between is computed for nothing, and too few make it guess again."""
+"""Bounds of `Fused.margin`: a wide one is computed for nothing, and with a narrow one a guess is too high more often."""
 _ENTRY_BYTES = 45
 """What a sparse step takes for each code at its peak: indices, values, gradients, and their order by latent."""
 
@@ -142,7 +142,8 @@ class Fused:
         if isinstance(spec, kernels.LargestOfBatch):
             before, self.bound = self.bound, found.values.min().item() if len(found.values) == spec.budget else None
             if before and self.bound:
-                self.margin = min(max(3 * abs(self.bound / before - 1), _NARROWEST_MARGIN), _WIDEST_MARGIN)
+                change = abs(self.bound / before - 1)
+                self.margin = min(max(2 * change, 0.8 * self.margin, _NARROWEST_MARGIN), _WIDEST_MARGIN)
         return found
 
     def _sparse(
