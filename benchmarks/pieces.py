@@ -72,7 +72,7 @@ def pieces(d_in: int, d_sae: int, batch: int, k: int, l0: float) -> list[Piece]:
     winners = kernels.encode_select(x, W_enc, b_enc, kernels.LargestOfBatch(k * batch)).values
     selections: dict[str, kernels.Spec] = {
         f"encode_select, TopK {k}": largest,
-        f"encode_select, BatchTopK {k}": kernels.LargestOfBatch(k * batch, hint=0.97 * float(winners.min())),
+        f"encode_select, BatchTopK {k}": kernels.LargestOfBatch(k * batch, hint=0.99 * float(winners.min())),
         f"encode_select, GroupMax {k}": kernels.LargestOfGroups(k),
         f"encode_select, above thresholds (L0 {l0:g})": kernels.Above(-problem.bias),
     }

@@ -159,7 +159,7 @@ uint32_t kth_candidate(const Row &row, int64_t k, bool magnitude, bool at_least,
     return keys.kth_largest(k, 32);
 }
 
-// Without a branch, which would be guessed wrong for one candidate in three.
+// Drop what keep(candidate) is not true of. A branch for each would often be guessed wrong.
 template <class Keep>
 void keep_if(Row &row, const Keep &keep) {
     int64_t kept = 0;

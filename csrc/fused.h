@@ -2,6 +2,7 @@
 // made, so that nothing but the candidates is ever written. The bounds are those of select.h.
 #pragma once
 
+#include "outliers.h"
 #include "picked.h"
 
 #if defined(UW_INT8_PRODUCTS)
@@ -47,12 +48,16 @@ void for_hits(int64_t rows, const Hits &hits, const Add &add) {
 // For each row its k largest: while products are made, the k-th largest so far rises, and fewer and fewer reach it.
 template <bool MAGNITUDE>
 struct PickLargest {
-    const Screen &s;
+    const Outliers &outliers;
     int64_t k;
     float guess;  // as in scan_topk
+    const Screen &s = outliers.usual;
     struct State {
-        float cut;      // what a value has to reach
-        int64_t limit;  // of picks, at which the floor is looked for again
+        float cut;        // what a value has to reach
+        int64_t limit;    // of picks, at which the floor is looked for again
+        Picked outliers;  // picked, too, but no floor is made of them
+
+        ~State() { std::free(outliers.values); }
     };
 
     void begin(Picked &picked, State &state) const {
@@ -61,7 +66,8 @@ struct PickLargest {
         picked.make_room(state.limit + 256);  // few rows ask for more
     }
     void look(const int32_t *products, const Place &at, Picked *picked, State *states) const {
-        const Latents halves[2] = {at.half(s, 0), at.half(s, 1)};
+        Latents halves[2] = {at.half(s, 0), at.half(s, 1)};
+        if (const uint32_t far = outliers.from(at.latent)) look_at_outliers(products, at, halves, far, states);
         const auto values = [&](int64_t r, int h) {
             return halves[h].values(products + r * TILE_LATENTS + h * LANES, s.row_scales[at.row + r]);
         };
@@ -81,6 +87,22 @@ struct PickLargest {
                 picked[r].make_room(states[r].limit);
             });
     }
+    // Pick outliers that may reach the rows' floors as they are, and take them out of `halves`.
+    void look_at_outliers(const int32_t *products, const Place &at, Latents *halves, uint32_t far, State *states) const {
+        for (int h = 0; h < 2; h++) {
+            Latents &half = halves[h];
+            const uint32_t here = far >> h * LANES & half.there;
+            const Vec norms = half.get(s.norms), errors = half.get(s.errors);
+            half.there &= ~here;
+            for (int64_t r = 0; r < at.rows && here; r++) {
+                const Vec v = half.values(products + r * TILE_LATENTS + h * LANES, s.row_scales[at.row + r]);
+                const Vec slack = slacks(s, at.row + r, v, norms, errors, half.bias);
+                Picked &own = states[r].outliers;
+                if (own.full()) own.make_room(2 * own.count);
+                own.add(v, half.first, at_least(sized(v, MAGNITUDE) + slack, all(at.of(r).floor)) & here);
+            }
+        }
+    }
     // Raise the row's floor to where what was picked puts it.
     void tighten(Picked &picked, State &state, Row &row, int64_t i) const {
         if (picked.count < k) return;
@@ -95,9 +117,20 @@ struct PickLargest {
     void end(Picked &picked, State &state, Row &row, int64_t i) const {
         tighten(picked, state, row, i);
         const Vec floor = all(row.floor);
-        picked.move_to(
-            row, [&](Vec v, __m512i j) { return slacks_of(s, i, v, j); },
-            [&](Vec v, __m512i, Vec slack, uint32_t) { return at_least(sized(v, MAGNITUDE) + slack, floor); });
+        const auto move = [&](Picked &from) {
+            from.move_to(
+                row, [&](Vec v, __m512i j) { return slacks_of(s, i, v, j); },
+                [&](Vec v, __m512i, Vec slack, uint32_t) { return at_least(sized(v, MAGNITUDE) + slack, floor); });
+        };
+        move(picked);
+        const int64_t usual = row.count;
+        move(state.outliers);
+        for (int64_t c = usual; c < row.count; c++) {  // to where they belong in the order of the latents
+            const Candidate now = row.at[c];
+            int64_t to = c;
+            for (; to > 0 && row.at[to - 1].latent > now.latent; to--) row.at[to] = row.at[to - 1];
+            row.at[to] = now;
+        }
     }
 };
 
@@ -215,7 +248,7 @@ void pick_candidates(Collector &collector, int64_t first, int64_t width, int64_t
         const int64_t rows = tile_rows((collector.n + threads * rounds - 1) / (threads * rounds)) * TILE_ROWS;
         int32_t *latents = aligned<int32_t>(TILE_LATENTS * fours(d));
         Picked *picked = new Picked[rows]();
-        typename Pick::State *states = new typename Pick::State[rows];
+        typename Pick::State *states = new typename Pick::State[rows]();
 #pragma omp for schedule(dynamic, 1)
         for (int64_t start = 0; start < collector.n; start += rows) {
             const int64_t n = collector.n - start < rows ? collector.n - start : rows;

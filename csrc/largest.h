@@ -1,4 +1,4 @@
-// The largest of values that are there already: of each row of a dense tile, and of all candidates of a batch.
+// The largest of values that are computed already: of each row of a dense tile, and of all candidates of a batch.
 #pragma once
 
 #include "candidates.h"
@@ -22,9 +22,9 @@ void keep_largest(T *tile, int64_t n, int64_t width, int64_t k) {
             }
             for (; c < width; c++) keys.at[c] = key(value(p[c]));
             keys.count = width;
-            // Of a positive bf16 nothing is beyond the first 16 bits.
+            // Nothing of a positive bf16 is beyond the first 16 bits, and which negative one is the k-th does not matter.
             const uint32_t last = keys.kth_largest(k, std::is_same_v<T, bf16> ? 16 : 32);
-            const bool few = last < key(0);  // are positive
+            const bool few = last < key(0);  // fewer than k are positive
             const uint32_t least = few ? key(0) + 1 : last;
             int64_t reach = 0;
             for (c = 0; c < width; c++) reach += keys.at[c] >= least;

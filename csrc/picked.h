@@ -16,7 +16,7 @@ struct Picked {
     int32_t *latents;  // in the same allocation
     int64_t count, room;
 
-    // There is always room for what one tile can add, and for the rest of the last vector.
+    // There is always room for what one tile can add, and for a vector after it.
     static constexpr int64_t ADDED = TILE_LATENTS + LANES;
 
     void make_room(int64_t wanted) {
@@ -60,7 +60,7 @@ struct Picked {
     // halved until exactly k reach it, or nine times; more often where a few values lie far above the others.
     template <bool MAGNITUDE>
     float about_kth_largest(int64_t k) {
-        store(values + count, all(MAGNITUDE ? 0 : -INF));  // what no bound counts, in the rest of the last vector
+        store(values + count, all(MAGNITUDE ? 0 : -INF));  // after the last: nothing that a bound above the least counts
         const auto at = [&](int64_t c) { return sized(load(values + c), MAGNITUDE); };
         Vec least = all(INF), most = at(0);
         for (int64_t c = 0; c < count; c += LANES) {

@@ -111,10 +111,12 @@ inline int64_t finish_topk(Collector &collector, const float *x, const float *we
         row.floor = -INF;
         prune(row, k, magnitude, keys);
         wrong[i] = guess && (row.count < k || row.floor < guessed);
+        if (wrong[i]) row.count = 0;
+    });
+    if (s.rest) compute_all_exactly(collector, x, weight, m, d, s);  // hardly more than k are left
+    for_rows(collector, [&](Row &row, int64_t i, Keys &keys) {
         if (wrong[i]) return;
-        if (s.rest) {  // hardly more than k are left
-            compute_exactly(row, i, x, weight, d, s, keys, any);
-        } else {
+        if (!s.rest) {
             // First the k that look largest: they rule out most of the others.
             const float likely = of_key(kth_candidate(row, k, magnitude, false, keys, any));
             compute_exactly(row, i, x, weight, d, s, keys,
@@ -180,11 +182,15 @@ void scan_above(Collector &collector, const T *tile, int64_t width, int64_t firs
 // Compute the candidates again in fp32 and keep those strictly above their bound; says how many each row keeps.
 inline void finish_above(Collector &collector, const float *x, const float *weight, const Screen &s, int64_t m,
                          int64_t d, const float *bounds, int64_t *counts) {
-    if (s.rest) refine(collector, m, d, s);
+    if (s.rest) {
+        refine(collector, m, d, s);
+        for_rows(collector, [&](Row &row, int64_t, Keys &) {
+            keep_if(row, [&](const Candidate &c) { return c.value + c.slack >= bounds[c.latent]; });
+        });
+    }
+    compute_all_exactly(collector, x, weight, m, d, s);
     for (int64_t i = 0; i < collector.n; i++) counts[i] = 0;
-    for_rows(collector, [&](Row &row, int64_t i, Keys &keys) {
-        if (s.rest) keep_if(row, [&](const Candidate &c) { return c.value + c.slack >= bounds[c.latent]; });
-        compute_exactly(row, i, x, weight, d, s, keys, [](const Candidate &) { return true; });
+    for_rows(collector, [&](Row &row, int64_t i, Keys &) {
         keep_if(row, [&](const Candidate &c) { return c.value > bounds[c.latent]; });
         counts[i] = row.count;
     });

@@ -15,7 +15,7 @@ void compute_exactly(Row &row, int64_t i, const float *x, const float *weight, i
     todo.reserve(row.count);
     for (int64_t c = 0; c < row.count; c++) {
         todo.at[todo.count] = c;
-        todo.count += row.at[c].stage != EXACT && wanted(row.at[c]);
+        todo.count += (row.at[c].stage != EXACT) & bool(wanted(row.at[c]));
     }
     for (int64_t t = 0; t < todo.count; t++) {
         Candidate &now = row.at[todo.at[t]];
@@ -26,19 +26,20 @@ void compute_exactly(Row &row, int64_t i, const float *x, const float *weight, i
     }
 }
 
+// How many rows of a matrix a block has, which is to stay in the second level of the cache.
+inline int64_t fitting_rows(int64_t bytes) { return bytes < (512 << 10) ? (512 << 10) / bytes : 1; }
+
 // For every row and block of latents, on any thread: act(the row's number, its candidates in the block, how many). The
 // latents' rows, of `bytes` each, stay in cache while all the rows of x that want them come by; before that begin(latent)
 // is called for each of them, and fetch(row) for a row of x that comes soon.
 template <class Begin, class Fetch, class Act>
 void for_blocks(Collector &collector, int64_t m, int64_t bytes, const Begin &begin, const Fetch &fetch, const Act &act) {
-    constexpr int64_t BLOCK = 512 << 10;
 #if defined(_OPENMP)
     const int64_t parts = 4 * omp_get_max_threads();
 #else
     const int64_t parts = 1;
 #endif
-    int64_t width = m / parts + 1;
-    if (width * bytes > BLOCK) width = bytes < BLOCK ? BLOCK / bytes : 1;
+    const int64_t fitting = fitting_rows(bytes), width = m / parts + 1 < fitting ? m / parts + 1 : fitting;
     const int64_t blocks = (m + width - 1) / width;
 #pragma omp parallel for schedule(dynamic, 1)
     for (int64_t part = 0; part < parts; part++) {
@@ -87,6 +88,38 @@ void for_groups(Candidate *at, int64_t count, const Act &act) {
     for (; AT_ONCE == 4 && count >= 4; at += 4, count -= 4) act(std::integral_constant<int, 4>(), at);
     for (; count >= 2; at += 2, count -= 2) act(std::integral_constant<int, 2>(), at);
     if (count) act(std::integral_constant<int, 1>(), at);
+}
+
+// Compute all candidates exactly: in blocks of latents where most rows have some in each and the weight is too large for
+// the last level of the cache, else row by row.
+inline void compute_all_exactly(Collector &collector, const float *x, const float *weight, int64_t m, int64_t d,
+                                const Screen &s) {
+    constexpr int64_t LARGE = 16 << 20;
+    const int64_t bytes = 4 * d, blocks = m / fitting_rows(bytes) + 1;
+    if (m * bytes < LARGE || how_many(collector) < collector.n * blocks)
+        return for_rows(collector, [&](Row &row, int64_t i, Keys &keys) {
+            compute_exactly(row, i, x, weight, d, s, keys, [](const Candidate &) { return true; });
+        });
+    const auto ask_for = [d](const float *row) {
+        for (int64_t c = 0; c < d; c += 16) prefetch(row + c);
+    };
+    for_blocks(
+        collector, m, bytes, [&](int64_t j) { ask_for(weight + j * d); }, [&](int64_t i) { ask_for(x + i * d); },
+        [&](int64_t i, Candidate *at, int64_t count) {
+            for_groups(at, count, [&](auto k, Candidate *now) {
+                constexpr int K = decltype(k)::value;
+                const float *rows[K];
+                float values[K];
+                for (int c = 0; c < K; c++) rows[c] = weight + now[c].latent * d;
+                dots<K>(x + i * d, rows, d, values);
+                // Not the latents: other threads read those of the row, to find where their blocks begin.
+                for (int c = 0; c < K; c++) {
+                    now[c].value = values[c] + s.bias[now[c].latent];
+                    now[c].slack = 0;
+                    now[c].stage = EXACT;
+                }
+            });
+        });
 }
 
 // Add the rests to what all candidates are.

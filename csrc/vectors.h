@@ -146,7 +146,8 @@ inline int how_many_reach(const uint32_t *p, uint32_t bound) {
 // A fixed tree, so that a sum does not depend on what the compiler finds convenient.
 inline float sum(Vec v) {
 #if defined(__AVX512F__)
-    __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+    const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)v, 1));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), upper);
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     four = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
@@ -188,6 +189,26 @@ inline float dot(const float *a, const float *b, int64_t d) { return dot(a, b, d
 
 // How many rows are multiplied with one at a time, so that this one is read once for all of them.
 constexpr int AT_ONCE = LANES == 16 ? 4 : 2;
+
+// The dot products of a row with K others, each as `dot` gives it, bit for bit.
+template <int K>
+inline void dots(const float *a, const float *const *b, int64_t d, float *out) {
+    Vec s[K][4]{};
+    int64_t c = 0;
+    for (; c + 4 * LANES <= d; c += 4 * LANES)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            const Vec v = load(a + c + i * LANES);
+#pragma GCC unroll 4
+            for (int k = 0; k < K; k++) s[k][i] += v * load(b[k] + c + i * LANES);
+        }
+    for (; c + LANES <= d; c += LANES)
+        for (int k = 0; k < K; k++) s[k][0] += load(a + c) * load(b[k] + c);
+    for (int k = 0; k < K; k++) {
+        out[k] = sum((s[k][0] + s[k][1]) + (s[k][2] + s[k][3]));
+        for (int64_t t = c; t < d; t++) out[k] += a[t] * b[k][t];
+    }
+}
 
 #if defined(__AVX512VNNI__)
 // at(a pointer) for every 64 bytes, of which the last may have fewer.

@@ -208,6 +208,15 @@ def test_one_row_may_hold_every_winner_of_a_batch(backend):
     assert len(found.values) == 192
 
 
+@pytest.mark.parametrize("hint", [None, 0.0, 1.0])
+def test_winners_do_not_hold_the_other_candidates(backend, hint):
+    x, W = torch.randn(64, 32), torch.randn(32, 300)
+    found = encode_select(x, W, torch.zeros(300), LargestOfBatch(200, hint))
+    assert len(found.values) == 200
+    for column in (found.indices, found.values):
+        assert column.untyped_storage().nbytes() <= 1.25 * 200 * column.element_size()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("spec", [Largest(3), LargestOfGroups(3), Above(0.25), LargestOfBatch(9)], ids=str)
 def test_other_dtypes(dtype, spec):

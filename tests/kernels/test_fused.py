@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -119,6 +121,58 @@ def test_fewer_than_k_latents_lie_far_above_the_others(lift):
     for magnitude in (False, True):
         found = both(x, rows.T, bias, Largest(32, magnitude))
         assert torch.isin(torch.arange(0, 5000, 1000), found.indices[:32]).all()
+
+
+@many
+@given(
+    st.sampled_from([1024, 1030, 1055, 2100]), st.sampled_from([1, 3, 30, 900, 1024]), st.booleans(),
+    st.sampled_from(["long", "lengths", "rounded", "hidden by their bias"]), st.integers(1, 40), st.integers(0, 2**32),
+)  # fmt: skip
+def test_outliers_are_selected_like_all_others(m, k, magnitude, kind, count, seed):
+    """Latents far longer than most, or changed far more by rounding, leave the floors of TopK to the others."""
+    generator = torch.Generator().manual_seed(seed)
+    x, rows, bias = (torch.randn(s, generator=generator) for s in ((14, 70), (m, 70), (m,)))
+    far = torch.randperm(m, generator=generator)[:count]
+    match kind:
+        case "long":
+            rows[far] *= 100
+        case "lengths":
+            rows *= 10.0 ** torch.linspace(0, 2, m)[:, None] ** 3
+        case "rounded":  # one large element takes the range of the bytes
+            rows[far] *= 0.01
+            rows[far, 0] = rows.norm(dim=1).mean()
+        case "hidden by their bias":
+            rows[far], bias[far] = rows[far] * 100, -1000.0
+    both(x, rows.T, bias, Largest(k, magnitude))
+
+
+class _Row(ctypes.Structure):  # csrc/candidates.h
+    _fields_ = [("at", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("count", "room", "certain"))]
+    _fields_ += [("floor", ctypes.c_float), ("finite", ctypes.c_bool)]
+
+
+class _Collector(ctypes.Structure):
+    _fields_ = [("n", ctypes.c_int64), ("rows", ctypes.POINTER(_Row))]
+
+
+@pytest.mark.parametrize("length", [1, 4, 1000])
+def test_an_outlier_leaves_few_others_in_question(monkeypatch, length):
+    """With the slack of a latent of a thousand times the length, none would ever be out of it."""
+    counts: list[int] = []
+    call = cpu.call
+
+    def watched(name, *arguments):
+        if name == "finish_topk":
+            collector = ctypes.cast(arguments[0], ctypes.POINTER(_Collector)).contents
+            counts.extend(collector.rows[i].count for i in range(collector.n))
+        return call(name, *arguments)
+
+    monkeypatch.setattr(cpu, "call", watched)
+    x, rows = torch.randn(50, 512), torch.randn(4000, 512)
+    rows[1234] *= length
+    encode_select(x, rows.T, torch.zeros(4000), Largest(16))
+    assert len(counts) == 50
+    assert max(counts) < 200, max(counts)
 
 
 @pytest.mark.parametrize("own_products", [True, False])

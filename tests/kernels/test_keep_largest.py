@@ -27,11 +27,11 @@ def test_the_largest_positive_ones_stay_and_the_first_of_equals(target, dtype, d
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     # Few different values, so that many are equal; some rows have fewer than k positive ones, or none.
     values = torch.randint(-3, data.draw(st.integers(-2, 9)), (n, width), generator=generator)
-    scale = data.draw(st.sampled_from([1.0, 1e-3, 1e30]))
+    scale = data.draw(st.sampled_from([1.0, -1.0, 1e-40, 1e30]))  # zeros of both signs, denormals
     values = (values * scale).to(dtype)
     made = values.clone()
     cpu.keep_largest_(made, k)
-    assert torch.equal(made, expected(values, k))
+    assert torch.equal(made, expected(values, k))  # -0 equals 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -244,7 +244,9 @@ def dense_back(
 def largest_of_batch_(candidates: Selection, budget: int) -> Selection:
     """See `unweave.kernels.select.largest_of_batch`; the candidates, which are more than `budget`, are overwritten."""
     call("largest_of_batch", candidates.counts, len(candidates.counts), candidates.indices, candidates.values, budget)
-    return Selection(candidates.counts, candidates.indices[:budget], candidates.values[:budget])
+    kept = candidates._replace(indices=candidates.indices[:budget], values=candidates.values[:budget])
+    # A few candidates too many may stay behind the selection's; many are not to be held by it.
+    return kept if len(candidates.values) < 1.25 * budget else Selection(*(column.clone() for column in kept))
 
 
 class Collector:

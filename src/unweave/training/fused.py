@@ -30,7 +30,7 @@ SPARSE_BELOW, DENSE_ABOVE = 0.04, 0.06
 """Densities at which execution changes from dense to sparse and back; between them it stays as it is."""
 _FIRST_ROWS = 32
 _NARROWEST_MARGIN, _WIDEST_MARGIN = 0.005, 0.03
-"""Bounds of `Fused.margin`: a wide one is computed for nothing, and with a narrow one a guess is too high more often."""
+"""Bounds of `Fused.margin`. A wide one computes more for nothing; with a narrow one more products are made twice."""
 _ENTRY_BYTES = 45
 """What a sparse step takes for each code at its peak: indices, values, gradients, and their order by latent."""
 
@@ -72,7 +72,7 @@ class Fused:
     bound: float | None = None
     """Smallest winner of the last batch (BatchTopK)."""
     margin: float = _WIDEST_MARGIN
-    """How far below it that of the next batch is looked for, as a share."""
+    """How far below it that of the next batch is looked for, as a share: as far as it moved in the last few steps."""
 
     def __call__(
         self, x: Float[Tensor, "n d_in"], dead: Bool[Tensor, " d_sae"], penalty: float, screen: kernels.Screen | None
