@@ -25,7 +25,7 @@ from unweave.kernels.select import Above, Largest, LargestOfBatch, LargestOfGrou
 
 CHUNK_ROWS = 512
 TILE = 16_384
-FUSED_ROWS = 2048
+FUSED_ROWS = 4096
 """Rows of a chunk where products are made by the kernels, and only its candidates take memory."""
 FIRST_TILE = 2048
 """Latents of such a chunk after which it is first seen whether it is too dense."""
