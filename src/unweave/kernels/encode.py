@@ -199,8 +199,9 @@ def _screened(
     screening = Screening(screen, inputs, x, rows, b_enc)
     fused = cpu.picks() and screening.fits_int8()
     group = m // spec.groups if isinstance(spec, LargestOfGroups) else 1
-    few = isinstance(spec, Largest)  # candidates, beside those of other specs, which take more memory
-    chunk_rows, tile = (FUSED_ROWS if few else -(-FUSED_ROWS // 2), FIRST_TILE) if fused else (CHUNK_ROWS, TILE)
+    # `Largest` has the fewest candidates, which take memory; what may turn out too dense has the most.
+    parts = 1 if isinstance(spec, Largest) else 2 if max_density == 1 else 4
+    chunk_rows, tile = (-(-FUSED_ROWS // parts), FIRST_TILE) if fused else (CHUNK_ROWS, TILE)
     # Tiles of equal width, of whole groups.
     tiles = -(-m // max(tile, group))
     width = -(-m // (tiles * group)) * group
