@@ -23,6 +23,7 @@ from unweave.kernels import (
     encode_select,
     screen,
 )
+from unweave.kernels.collector import Collector
 
 many = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 # Around the sizes of a tile, 12 rows and 32 latents, and of four bytes and a vector of them.
@@ -179,13 +180,13 @@ def test_an_outlier_leaves_few_others_in_question(monkeypatch, length):
 def test_only_rows_with_a_wrong_guess_are_computed_again(monkeypatch, own_products):
     """Where all errors have one sign, pre-activations look larger than they are by more than is guessed."""
     made: list[int] = []
-    collector = cpu.Collector.__init__
+    collector = Collector.__init__
 
     def watched(self, n):
         made.append(n)
         collector(self, n)
 
-    monkeypatch.setattr(cpu.Collector, "__init__", watched)
+    monkeypatch.setattr(Collector, "__init__", watched)
     if not own_products:
         monkeypatch.setattr(cpu, "picks", lambda: False)
     x = torch.randn(300, 100)
@@ -224,13 +225,13 @@ def test_too_dense_after_some_of_the_latents(monkeypatch):
     """The first rows are looked at in parts, so that few candidates are gathered in vain."""
     monkeypatch.setattr(encode, "FIRST_TILE", 100)
     seen: list[range] = []
-    pick = cpu.Collector.pick
+    pick = Collector.pick
 
     def watched(self, what, first, width, *rest):
         seen.append(range(first, first + width))
         pick(self, what, first, width, *rest)
 
-    monkeypatch.setattr(cpu.Collector, "pick", watched)
+    monkeypatch.setattr(Collector, "pick", watched)
     x, W, bias = torch.randn(50, 30), torch.randn(1000, 30).T, torch.zeros(1000)
     with pytest.raises(TooDense):
         encode_select(x, W, bias, Above(0.0), max_density=0.3)

@@ -249,67 +249,6 @@ def largest_of_batch_(candidates: Selection, budget: int) -> Selection:
     return kept if len(candidates.values) < 1.25 * budget else Selection(*(column.clone() for column in kept))
 
 
-class Collector:
-    """Candidates of some rows, gathered tile by tile (csrc/select.h) or while products are made (csrc/fused.h)."""
-
-    def __init__(self, n: int) -> None:
-        self.n, self._handle = n, call("collector", n)
-
-    def __enter__(self) -> Collector:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        call("discard", self._handle)
-
-    def not_finite(self) -> int:
-        """The first row with a pre-activation that is NaN or infinite; -1 if there is none."""
-        return int(call("not_finite", self._handle))
-
-    def certain(self) -> int:
-        """How many entries are above their bounds whatever the rounding of the product."""
-        return int(call("certain", self._handle))
-
-    def _scan(self, what: str, tile: Tensor, first: int, screen: ctypes.Structure, *rest: Any) -> None:
-        kind = (torch.float32, torch.bfloat16, torch.int32).index(tile.dtype)
-        call(f"scan_{what}", self._handle, tile, kind, tile.shape[1], first, screen, *rest)
-
-    def scan_topk(
-        self, tile: Tensor, first: int, screen: ctypes.Structure, k: int, magnitude: bool, guess: float
-    ) -> None:
-        self._scan("topk", tile, first, screen, k, magnitude, guess)
-
-    def scan_above(self, tile: Tensor, first: int, screen: ctypes.Structure, bounds: Tensor) -> None:
-        self._scan("above", tile, first, screen, bounds)
-
-    def scan_groups(self, tile: Tensor, first: int, screen: ctypes.Structure, size: int) -> None:
-        self._scan("groups", tile, first, screen, size)
-
-    def pick(self, what: str, *arguments: Any) -> None:
-        """Make int8 products and look at them at once: "topk", "above" or "groups"; see csrc/kernels.cpp."""
-        call(f"pick_{what}", self._handle, *arguments)
-
-    def finish_topk(
-        self, x: Tensor, weight: Tensor, screen: ctypes.Structure, k: int, magnitude: bool, guess: bool
-    ) -> Selection:
-        """The selection; rows whose guessed floor was too high have indices of -1."""
-        indices, values = x.new_full((self.n * k,), -1, dtype=torch.int64), x.new_empty(self.n * k)
-        call("finish_topk", self._handle, x, weight, *weight.shape, screen, k, magnitude, guess, indices, values)
-        return Selection(indices.new_full((self.n,), k), indices, values)
-
-    def finish_groups(self, x: Tensor, weight: Tensor, screen: ctypes.Structure, groups: int, size: int) -> Selection:
-        indices, values = x.new_empty(self.n * groups, dtype=torch.int64), x.new_empty(self.n * groups)
-        call("finish_groups", self._handle, x, weight, *weight.shape, screen, groups, size, indices, values)
-        return Selection(indices.new_full((self.n,), groups), indices, values)
-
-    def finish_above(self, x: Tensor, weight: Tensor, screen: ctypes.Structure, bounds: Tensor) -> Selection:
-        counts = x.new_empty(self.n, dtype=torch.int64)
-        call("finish_above", self._handle, x, weight, *weight.shape, screen, bounds, counts)
-        total = int(counts.sum())
-        indices, values = x.new_empty(total, dtype=torch.int64), x.new_empty(total)
-        call("take", self._handle, indices, values)
-        return Selection(counts, indices, values)
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor | None:
     """See `unweave.kernels.attention`; None where there is no such kernel."""
     if not has("attention"):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unweave._errors import UnweaveError
 from unweave.kernels import cpu, select
+from unweave.kernels.collector import Collector
 from unweave.kernels.dispatch import backend
 from unweave.kernels.scratch import scratch
 from unweave.kernels.screen import Images, Precision, Screen, Screening, too_coarse
@@ -210,7 +211,7 @@ def _screened(
         bounds = torch.as_tensor(spec.bounds, dtype=torch.float32).expand(m).contiguous()
 
     # What PyTorch's products leave in `buffer`, or the kernels' own products while they are made.
-    def scan(collector: cpu.Collector, tile: Tensor, first: int, known: ctypes.Structure, guess: float) -> None:
+    def scan(collector: Collector, tile: Tensor, first: int, known: ctypes.Structure, guess: float) -> None:
         match spec:
             case Largest(k, magnitude):
                 collector.scan_topk(tile, first, known, k, magnitude, guess)
@@ -219,11 +220,11 @@ def _screened(
             case Above():
                 collector.scan_above(tile, first, known, bounds)
 
-    def check_density(collector: cpu.Collector, latents: int) -> None:
+    def check_density(collector: Collector, latents: int) -> None:
         if collector.certain() > max_density * collector.n * latents:
             raise TooDense
 
-    def pick(collector: cpu.Collector, early: bool, known: ctypes.Structure, guess: float) -> None:
+    def pick(collector: Collector, early: bool, known: ctypes.Structure, guess: float) -> None:
         match spec:
             case Largest(k, magnitude):
                 collector.pick("topk", m, x.shape[1], known, k, magnitude, guess)
@@ -239,7 +240,7 @@ def _screened(
 
     def chunk(start: int, guess: float) -> Selection:
         part, known = x[start : start + chunk_rows], screening.struct(start)
-        with cpu.Collector(len(part)) as collector:
+        with Collector(len(part)) as collector:
             early = start == 0 and max_density < 1
             if buffer is None:
                 pick(collector, early, known, guess)
