@@ -60,7 +60,7 @@ struct Picked {
     // halved until exactly k reach it, or nine times; more often where a few values lie far above the others.
     template <bool MAGNITUDE>
     float about_kth_largest(int64_t k) {
-        store(values + count, all(MAGNITUDE ? 0 : -INF));  // after the last: nothing that a bound above the least counts
+        store(values + count, all(MAGNITUDE ? 0 : -INF));  // no bound above the least counts these
         const auto at = [&](int64_t c) { return sized(load(values + c), MAGNITUDE); };
         Vec least = all(INF), most = at(0);
         for (int64_t c = 0; c < count; c += LANES) {

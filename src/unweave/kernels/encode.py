@@ -165,7 +165,7 @@ def _largest_of_batch(
         return found
     if backend("encode_select", found.values) == "cpu":
         return cpu.largest_of_batch_(found, budget)
-    return select.largest_of_batch(found, budget, found.values.topk(budget, sorted=False).values.amin())
+    return select.largest_of_batch(found, budget)
 
 
 def _probe(x: Tensor, W_enc: Tensor, b_enc: Tensor, budget: int) -> float:

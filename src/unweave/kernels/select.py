@@ -108,14 +108,9 @@ def kept(selection: Selection, keep: Tensor) -> Selection:
     return Selection(before[ends].diff(), selection.indices[keep], selection.values[keep])
 
 
-def largest_of_batch(candidates: Selection, budget: int, smallest: Tensor) -> Selection:
-    """The `budget` largest of all candidates of a batch.
-
-    Args:
-        candidates: At least `budget` of them.
-        budget: How many to keep.
-        smallest: The budget-th largest value.
-    """
+def largest_of_batch(candidates: Selection, budget: int) -> Selection:
+    """The `budget` largest of all candidates of a batch, of which there are at least as many."""
+    smallest = candidates.values.topk(budget, sorted=False).values.amin()
     keep = candidates.values > smallest
     tied = (candidates.values == smallest).nonzero().flatten()
     keep[tied[: budget - int(keep.sum())]] = True

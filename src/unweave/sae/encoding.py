@@ -39,8 +39,7 @@ def encode_select(centred: Float[Tensor, "n d"], encoders: Encoders, spec: Spec,
             found = encode_select(centred, encoders, Above(0.0))
             if len(found.values) <= spec.budget:
                 return found
-            smallest = found.values.topk(spec.budget, sorted=False).values.amin()
-            return select.largest_of_batch(found, spec.budget, smallest)
+            return select.largest_of_batch(found, spec.budget)
         return kernels.select_by_rows(centred, lambda rows: pre_activations(rows, encoders), spec, max_density)
 
 

@@ -100,7 +100,7 @@ class Layered(SAE):
             found = select([LargestOfBatch(budget)] * self.layers)
         if len(found.values) <= budget:
             return found
-        return largest_of_batch(found, budget, found.values.topk(budget, sorted=False).values.amin())
+        return largest_of_batch(found, budget)
 
     def strongest(self, centred: Float[Tensor, "n d_in"], latents: Int64[Tensor, " c"], k: int) -> Selection:
         """The `k` strongest of some latents for each token, shared evenly among the layers, at least 1 of each."""
