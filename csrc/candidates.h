@@ -5,8 +5,16 @@
 // selection is made among these. The result is the one that computing every pre-activation in fp32 would give, bit for
 // bit, because a candidate is dropped only when its upper bound is below what is already certain.
 //
-// With x = x' + dx and w = w' + dw, where x' and w' are what the product took, Cauchy-Schwarz bounds the error:
-//     |x . w - x' . w'| <= |dx| |w| + |x'| |dw| + rounding of the sums
+// With x = x' + dx and w = w' + dw, where x' and w' are what the product took,
+//     x . w - x' . w' = dx . w + x' . dw + rounding of the sums.
+// After rounding to bf16 the two terms are at most |dx| |w| and |x'| |dw|, by Cauchy-Schwarz.
+//
+// After rounding to int8 that would leave several times as much open as ever happens, so dx and dw are made random:
+// dither is added before rounding and taken off afterwards, and with it dx and dw are even in (-1/2, 1/2] units, column
+// by column, whatever x and w are (Schuchman 1964). Such a sum, sum_i dx_i w_i, is sub-Gaussian with variance factor
+// |w|^2 / 12, and the variances of the two terms add up: the chance that their sum is below
+// -z sqrt(s^2 |w|^2 + t^2 |x'|^2), where s and t are the units, is at most exp(-6 z^2) (Hoeffding 1963).
+// kernels/screen.py chooses z; that anything is lost is then far less likely than that the memory fails.
 #pragma once
 
 #include <cstdlib>
@@ -17,7 +25,7 @@ namespace {
 
 constexpr float INF = __builtin_inff();
 
-enum Stage : int32_t { SCREENED, FINER_SCREENED, EXACT };
+enum Stage : int32_t { SCREENED, EXACT };
 
 struct Candidate {
     float value, slack;
@@ -49,36 +57,35 @@ struct Collector {
 // What is known of a product's operands. Arrays of latents begin at the dictionary's first, arrays of rows at the
 // first of the collector's. The fields' order is that of `_Screen` in kernels/screen.py.
 struct Screen {
-    const float *bias, *norms, *errors;   // of each latent: bias, |w|, |dw|
-    const float *scales;                  // of each latent: the worth of one unit of w' (int8)
-    const int8_t *bytes, *rest;           // w' and what it leaves of w, where the product was in int8; else null
-    const float *rest_errors;             // of each latent: what both leave
-    const float *by_norm, *by_error;      // of each row: the factors of |w| and |dw| in the slack
-    const int8_t *row_bytes, *row_rest;   // x' and what it leaves of x
-    const float *row_scales;              // of each row: the worth of one unit of x' (int8)
-    const float *finer_by_norm, *finer_by_error, *finer_by_rest;  // the factors of |w|, |dw| and the rest's error
-    float rel;                            // rounding of the stored product
-    float max_bias, max_norm, max_error, max_rest_error;
+    const float *bias, *norms, *errors;  // of each latent: bias, |w|, what its rounding may add
+    const float *scales;                 // of each latent: the worth of one unit of w' (int8; else null, as what follows)
+    const int8_t *bytes;                 // w'
+    const int32_t *shifts;               // of each latent: what is to be added to its products
+    const float *by_norm, *by_error;     // of each row: the factors of `norms` and `errors` in the slack
+    const int8_t *row_bytes;             // x'
+    const float *row_scales;             // of each row: the worth of one unit of x'
+    const int32_t *row_shifts;           // of each row: what is to be added to its products
+    float rel;                           // rounding of the stored product
+    float of_smaller;                    // how much of the smaller of the two errors adds to the larger
+    float max_bias, max_norm, max_error;
 
     // The slack's own rounding, and products below the smallest normal number.
     static float safe(float slack) { return slack * 1.00001f + 1e-35f; }
 
+    // With independent errors hardly more than the root of the sum of their squares.
+    float together(float a, float b) const { return a > b ? a + of_smaller * b : b + of_smaller * a; }
+
     float slack(int64_t row, int64_t j, float v) const {
-        return safe(by_norm[row] * norms[j] + by_error[row] * errors[j] + rel * (std::fabs(v) + std::fabs(bias[j])));
+        return safe(together(by_norm[row] * norms[j], by_error[row] * errors[j]) +
+                    rel * (std::fabs(v) + std::fabs(bias[j])));
     }
     float largest_slack(int64_t row, float v) const {
-        return safe(by_norm[row] * max_norm + by_error[row] * max_error + rel * (std::fabs(v) + max_bias));
-    }
-    // The same once the rests are added.
-    float finer_slack(int64_t row, int64_t j, float v) const {
-        return safe(finer_by_norm[row] * norms[j] + finer_by_error[row] * errors[j] +
-                    finer_by_rest[row] * rest_errors[j] + rel * (std::fabs(v) + std::fabs(bias[j])));
-    }
-    float largest_finer_slack(int64_t row, float v) const {
-        return safe(finer_by_norm[row] * max_norm + finer_by_error[row] * max_error +
-                    finer_by_rest[row] * max_rest_error + rel * (std::fabs(v) + max_bias));
+        return safe(together(by_norm[row] * max_norm, by_error[row] * max_error) + rel * (std::fabs(v) + max_bias));
     }
 };
+
+// Screen::together of vectors.
+inline Vec together(Vec a, Vec b, float of_smaller) { return larger(a, b) + of_smaller * smaller(a, b); }
 
 // Floats as integers of the same order.
 inline uint32_t key(float f) {

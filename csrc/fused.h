@@ -50,7 +50,7 @@ template <bool MAGNITUDE>
 struct PickLargest {
     const Outliers &outliers;
     int64_t k;
-    float guess;  // as in scan_topk
+    float guess;  // as for scan_topk
     const Screen &s = outliers.usual;
     struct State {
         float cut;        // what a value has to reach
@@ -106,8 +106,7 @@ struct PickLargest {
     // Raise the row's floor to where what was picked puts it.
     void tighten(Picked &picked, State &state, Row &row, int64_t i) const {
         if (picked.count < k) return;
-        const float seen = picked.about_kth_largest<MAGNITUDE>(k), slack = s.largest_slack(i, seen);
-        const float floor = seen - (guess > 0 ? guess * slack + 1.1f * s.largest_finer_slack(i, seen) : slack);
+        const float seen = picked.about_kth_largest<MAGNITUDE>(k), floor = seen - guess * s.largest_slack(i, seen);
         if (!(floor > row.floor)) return;
         row.floor = floor;
         state.cut = cut_for(floor, s, i);
@@ -158,7 +157,8 @@ struct PickAbove {
             const Half &now = halves[h];
             const int64_t i = at.row + r;
             const Vec by_norm = all(s.by_norm[i] * 1.00001f), by_error = all(s.by_error[i] * 1.00001f);
-            const Vec slack = by_norm * now.norms + by_error * now.errors + (rel * absolute(v) + now.bias_slack);
+            const Vec open = together(by_norm * now.norms, by_error * now.errors, s.of_smaller);
+            const Vec slack = open + (rel * absolute(v) + now.bias_slack);
             return at_least(v + slack, now.needed) & now.there;
         };
         for_hits(
@@ -252,17 +252,20 @@ void pick_candidates(Collector &collector, int64_t first, int64_t width, int64_t
 #pragma omp for schedule(dynamic, 1)
         for (int64_t start = 0; start < collector.n; start += rows) {
             const int64_t n = collector.n - start < rows ? collector.n - start : rows;
-            const PackedRows packed(s.row_bytes + start * d, n, d);
+            const PackedRows packed(s.row_bytes + start * d, s.row_shifts + start, n, d);
             for (int64_t i = 0; i < n; i++) pick.begin(picked[i], states[i]);
             for (int64_t at = first; at < end; at += TILE_LATENTS) {
-                pack_latents(s.bytes + at * d, end - at < TILE_LATENTS ? end - at : TILE_LATENTS, d, latents);
+                const int64_t count = end - at < TILE_LATENTS ? end - at : TILE_LATENTS;
+                pack_latents(s.bytes + at * d, count, d, latents);
+                alignas(64) int32_t shifts[TILE_LATENTS] = {};
+                std::memcpy(shifts, s.shifts + at, count * sizeof(int32_t));
                 const int8_t *next = s.bytes + (at + TILE_LATENTS) * d, *last = next + TILE_LATENTS * d;
                 last = last < s.bytes + end * d ? last : s.bytes + end * d;
                 for (int64_t i = 0; i < n; i += TILE_ROWS) {
                     for (int64_t l = 0; l < d * TILE_LATENTS; l += 64 * 43)
                         if (next < last) _mm_prefetch(next, _MM_HINT_T1), next += 64;
                     alignas(64) int32_t products[TILE_ROWS * TILE_LATENTS];
-                    multiply(packed.at + i / TILE_ROWS * packed.stride, latents, fours(d), products);
+                    multiply(packed.at + i / TILE_ROWS * packed.stride, latents, shifts, fours(d), products);
                     const Place place{start + i, n - i < TILE_ROWS ? n - i : TILE_ROWS, at, end, collector};
                     pick.look(products, place, picked + i, states + i);
                 }

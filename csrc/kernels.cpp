@@ -176,9 +176,9 @@ void UW_EXPORT(scan_groups)(void *handle, const void *tile, i64 kind, i64 width,
     });
 }
 
-void UW_EXPORT(finish_groups)(void *handle, const float *x, const float *weight, i64 m, i64 d, const void *screen,
-                              i64 groups, i64 size, i64 *indices, float *values) {
-    finish_groups(*static_cast<Collector *>(handle), x, weight, SCREEN, m, d, groups, size, indices, values);
+void UW_EXPORT(finish_groups)(void *handle, const float *x, const float *weight, i64 d, const void *screen, i64 groups,
+                              i64 size, i64 *indices, float *values) {
+    finish_groups(*static_cast<Collector *>(handle), x, weight, SCREEN, d, groups, size, indices, values);
 }
 
 i64 UW_EXPORT(dense_codes)(const void *pre, i64 half, i64 n, i64 m, const float *theta, void *codes, float *active,

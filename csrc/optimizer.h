@@ -40,33 +40,24 @@ struct Images {
     float *norms;           // |w|
     void *half;             // bf16 rows
     float *half_errors;     // |w - its bf16 row|
-    int8_t *bytes;          // int8 rows
+    int8_t *bytes;          // int8 rows: w / scale + dither, rounded
     float *byte_scales;     // the worth of one unit
-    float *byte_errors;     // |w - its int8 row|
-    int8_t *rest;           // what that leaves, in int8 rows whose unit is FINER times as small
-    float *rest_errors;     // |w - both int8 rows|
+    int32_t *byte_shifts;   // what a product of int8 rows lacks of this one's part
+    const float *dither;    // random numbers between -1/2 and 1/2, one for each column
+    const float *other;     // those of the matrix that this one is multiplied with
 };
 
-constexpr float FINER = 254;  // what rounding leaves is at most half a unit
-
-// |row - (image + rest / FINER) * scale|, where what is null is 0.
-template <class T>
-float norm_of_difference(const float *row, const T *image, float scale, int64_t d, const int8_t *rest = nullptr) {
-    constexpr float unit = 1 / FINER;
+// |row - image|, where the image is 0 if it is null.
+inline float norm_of_difference(const float *row, const bf16 *image, int64_t d) {
     Vec total{};
     float tail = 0;
     int64_t c = 0;
     for (; c + LANES <= d; c += LANES) {
-        Vec delta = load(row + c);
-        if (rest)
-            delta -= (load(image + c) + load(rest + c) * unit) * scale;
-        else if (image)
-            delta -= load(image + c) * scale;
+        const Vec delta = image ? load(row + c) - load(image + c) : load(row + c);
         total += delta * delta;
     }
     for (; c < d; c++) {
-        const float taken = (image ? value(image[c]) : 0) + (rest ? value(rest[c]) * unit : 0);
-        const float delta = row[c] - taken * scale;
+        const float delta = row[c] - (image ? value(image[c]) : 0);
         tail += delta * delta;
     }
     const float squares = sum(total) + tail;
@@ -74,49 +65,52 @@ float norm_of_difference(const float *row, const T *image, float scale, int64_t 
     // Squares of very small or very large numbers leave fp32's range; a norm that is too small would be no bound.
     double exact = 0;
     for (c = 0; c < d; c++) {
-        const double taken = (image ? value(image[c]) : 0) + (rest ? rest[c] / double(FINER) : 0);
-        const double delta = row[c] - taken * scale;
+        const double delta = double(row[c]) - (image ? value(image[c]) : 0);
         exact += delta * delta;
     }
     return float(std::sqrt(exact));
 }
 
+// A row in int8, with subtractive dither: (byte - dither) * scale is off by up to half a unit, evenly and independently in
+// every column whatever the row is, because the dither was drawn without knowing it (candidates.h).
+inline void bytes_of_row(const float *row, int64_t j, int64_t d, const Images &into) {
+    int8_t *bytes = into.bytes + j * d;
+    Vec most{};
+    float largest = 0;
+    int64_t c = 0;
+    for (; c + LANES <= d; c += LANES) most = larger(most, absolute(load(row + c)));
+    for (int i = 0; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+    for (; c < d; c++) largest = std::fabs(row[c]) > largest ? std::fabs(row[c]) : largest;
+    // Half a unit is left for the dither. No unit is too small to divide by.
+    const float scale = largest > 126.5e-30f ? largest / 126.5f : 1e-30f, inverse = 1 / scale;
+    const auto clipped = [](auto v, auto most) { return v > most ? most : v < -most ? -most : v; };
+    // With x = (x' - u) and w = (w' - v) in units, x . w = x' . w' - (x' - u/2) . v - (w' - v/2) . u
+    Vec lacking{};
+    float tail = 0;
+    for (c = 0; c + LANES <= d; c += LANES) {
+        const Vec dither = load(into.dither + c);
+        store_rounded(bytes + c, clipped(load(row + c) * inverse + dither, all(127)));
+        lacking += (load(bytes + c) - 0.5f * dither) * load(into.other + c);
+    }
+    for (; c < d; c++) {
+        const float dither = into.dither[c], v = clipped(row[c] * inverse + dither, 127.0f);
+        bytes[c] = int8_t(v < 0 ? v - 0.5f : v + 0.5f);
+        tail += (bytes[c] - 0.5f * dither) * into.other[c];
+    }
+    into.byte_scales[j] = scale;
+    into.byte_shifts[j] = int32_t(std::lrint(-(sum(lacking) + tail)));
+}
+
 inline void images_of_row(const float *row, int64_t j, int64_t d, const Images &into) {
-    into.norms[j] = norm_of_difference<float>(row, nullptr, 1, d);
+    into.norms[j] = norm_of_difference(row, nullptr, d);
     if (into.half) {
         bf16 *half = static_cast<bf16 *>(into.half) + j * d;
         int64_t c = 0;
         for (; c + LANES <= d; c += LANES) store_rounded(half + c, load(row + c));
         for (; c < d; c++) half[c] = rounded(row[c]);
-        into.half_errors[j] = norm_of_difference(row, half, 1, d);
+        into.half_errors[j] = norm_of_difference(row, half, d);
     }
-    if (into.bytes) {
-        int8_t *bytes = into.bytes + j * d, *rest = into.rest + j * d;
-        Vec most{};
-        float largest = 0;
-        int64_t c = 0;
-        for (; c + LANES <= d; c += LANES) most = larger(most, absolute(load(row + c)));
-        for (int i = 0; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
-        for (; c < d; c++) largest = std::fabs(row[c]) > largest ? std::fabs(row[c]) : largest;
-        // Rows too small to divide by are taken as 0; their error is then their norm.
-        const float scale = largest / 127, inverse = scale > 1e-30f ? 1 / scale : 0;
-        const float limit = 127.0f;
-        const auto clipped = [&](auto v, auto most) { return v > most ? most : v < -most ? -most : v; };
-        const auto nearest = [](float v) { return int8_t(v < 0 ? v - 0.5f : v + 0.5f); };
-        for (c = 0; c + LANES <= d; c += LANES) {
-            const Vec v = clipped(load(row + c) * inverse, all(limit));
-            store_rounded(bytes + c, v);
-            store_rounded(rest + c, clipped((v - load(bytes + c)) * FINER, all(limit)));
-        }
-        for (; c < d; c++) {
-            const float v = clipped(row[c] * inverse, limit);
-            bytes[c] = nearest(v);
-            rest[c] = nearest(clipped((v - bytes[c]) * FINER, limit));
-        }
-        into.byte_scales[j] = scale;
-        into.byte_errors[j] = norm_of_difference(row, bytes, scale, d);
-        into.rest_errors[j] = norm_of_difference(row, bytes, scale, d, rest);
-    }
+    if (into.bytes) bytes_of_row(row, j, d, into);
 }
 
 // Row j has the gradient grad[slot[j]] (its own row if `slot` is null; none, that is 0, if slot[j] < 0). With `unit`,

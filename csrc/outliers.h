@@ -18,12 +18,11 @@ class Outliers {
     Outliers(const Screen &s, int64_t m) : usual(s) {
         if (m < LEAST) return;
         const float norm = bound(s.norms, m, s.max_norm), error = bound(s.errors, m, s.max_error);
-        const float rest_error = bound(s.rest_errors, m, s.max_rest_error);
-        if (norm == s.max_norm && error == s.max_error && rest_error == s.max_rest_error) return;
-        usual.max_norm = norm, usual.max_error = error, usual.max_rest_error = rest_error;
+        if (norm == s.max_norm && error == s.max_error) return;
+        usual.max_norm = norm, usual.max_error = error;
         bits = static_cast<uint32_t *>(std::calloc(m / 32 + 1, sizeof(uint32_t)));
         for (int64_t j = 0; j < m; j++)
-            if (s.norms[j] > norm || s.errors[j] > error || s.rest_errors[j] > rest_error) bits[j / 32] |= 1u << j % 32;
+            if (s.norms[j] > norm || s.errors[j] > error) bits[j / 32] |= 1u << j % 32;
     }
     ~Outliers() { std::free(bits); }
     Outliers(const Outliers &) = delete;

@@ -108,7 +108,8 @@ struct Picked {
 // Screen::slack of 16 values of a row.
 inline Vec slacks(const Screen &s, int64_t row, Vec v, Vec norms, Vec errors, Vec bias) {
     const Vec rounding = all(s.rel) * (absolute(v) + absolute(bias));
-    return (all(s.by_norm[row]) * norms + all(s.by_error[row]) * errors + rounding) * 1.00001f + 1e-35f;
+    const Vec open = together(all(s.by_norm[row]) * norms, all(s.by_error[row]) * errors, s.of_smaller);
+    return (open + rounding) * 1.00001f + 1e-35f;
 }
 
 inline Vec of_latents(const float *of_all, __m512i j) { return (Vec)_mm512_i32gather_ps(j, of_all, 4); }

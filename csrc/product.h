@@ -26,13 +26,13 @@ T *aligned(int64_t count) {
     return static_cast<T *>(std::aligned_alloc(64, bytes));
 }
 
-// Rows as a tile takes them: of TILE_ROWS rows first what their sums begin at, then four bytes of each, the next four of
-// each, and so on. What is missing in the last tile is 0.
+// Rows as a tile takes them: of TILE_ROWS rows first what their sums begin at, `shifts` among it, then four bytes of each,
+// the next four of each, and so on. What is missing in the last tile is 0.
 struct PackedRows {
     int64_t n, stride;
     int32_t *at;
 
-    PackedRows(const int8_t *bytes, int64_t n, int64_t d)
+    PackedRows(const int8_t *bytes, const int32_t *shifts, int64_t n, int64_t d)
         : n(n), stride(TILE_ROWS * (fours(d) + 1)), at(aligned<int32_t>(tile_rows(n) * stride)) {
         std::memset(at, 0, tile_rows(n) * stride * sizeof(int32_t));
         for (int64_t i = 0; i < n; i++) {
@@ -40,7 +40,7 @@ struct PackedRows {
             const int8_t *row = bytes + i * d;
             int32_t total = 0;
             for (int64_t c = 0; c < d; c++) total += row[c];
-            *to = -128 * total;
+            *to = shifts[i] - 128 * total;
             for (int64_t c = 0; c < d; c += 4) std::memcpy(to += TILE_ROWS, row + c, d - c < 4 ? d - c : 4);
         }
     }
@@ -92,11 +92,14 @@ inline void pack_latents(const int8_t *bytes, int64_t count, int64_t d, int32_t 
     }
 }
 
-// out[TILE_ROWS][TILE_LATENTS] = the products of packed rows and packed latents.
-inline void multiply(const int32_t *rows, const int32_t *latents, int64_t fours, int32_t *out) {
+// out[TILE_ROWS][TILE_LATENTS] = the products of packed rows and packed latents, and the latents' shifts.
+inline void multiply(const int32_t *rows, const int32_t *latents, const int32_t *shifts, int64_t fours, int32_t *out) {
     __m512i sums[TILE_ROWS][2];
 #pragma GCC unroll 12
-    for (int r = 0; r < TILE_ROWS; r++) sums[r][0] = sums[r][1] = _mm512_set1_epi32(rows[r]);
+    for (int r = 0; r < TILE_ROWS; r++)
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++)
+            sums[r][h] = _mm512_add_epi32(_mm512_set1_epi32(rows[r]), _mm512_load_si512(shifts + h * LANES));
     for (int64_t c = 0; c < fours; c++) {
         rows += TILE_ROWS;
         const __m512i w0 = _mm512_load_si512(latents), w1 = _mm512_load_si512(latents + LANES);

@@ -11,24 +11,26 @@ template <class T>
 struct Products {
     const T *p;
     const float *bias, *scales;  // of the tile's latents
+    const int32_t *shifts;
     float row_scale;
+    int32_t row_shift;
 
     Products(const T *tile, int64_t row, int64_t width, int64_t first, const Screen &s)
         : p(tile + row * width), bias(s.bias + first) {
         if constexpr (std::is_same_v<T, int32_t>) {
-            scales = s.scales + first;
-            row_scale = s.row_scales[row];
+            scales = s.scales + first, shifts = s.shifts + first;
+            row_scale = s.row_scales[row], row_shift = s.row_shifts[row];
         }
     }
     Vec load(int64_t c) const {
         if constexpr (std::is_same_v<T, int32_t>)
-            return ::load(p + c) * (all(row_scale) * ::load(scales + c)) + ::load(bias + c);
+            return shifted(p + c, shifts + c, row_shift) * (all(row_scale) * ::load(scales + c)) + ::load(bias + c);
         else
             return ::load(p + c) + ::load(bias + c);
     }
     float at(int64_t c) const {
         if constexpr (std::is_same_v<T, int32_t>)
-            return float(p[c]) * (row_scale * scales[c]) + bias[c];
+            return float(p[c] + shifts[c] + row_shift) * (row_scale * scales[c]) + bias[c];
         else
             return value(p[c]) + bias[c];
     }
@@ -57,9 +59,9 @@ float bound_by_lanes(const Products<T> &p, int64_t width, int64_t k, Keys &keys)
 
 // Look at a tile (n, width) of screened products, whose first latent is `first`, for each row's k largest.
 //
-// An int8 product's slack is wide, and almost never used up. With a `guess` above 0, a row's floor is where its screened
-// values put it, less that share of the slack and what the rests will leave open: far fewer reach it. `finish_topk`
-// finds out whether that was right.
+// A row's floor is where its screened values put it, less a share of the slack. Only with all of it, a `guess` of 1, is it
+// certain to be low enough; but the slack is seldom used up, and far fewer reach a higher one. `finish_topk` finds out
+// whether the guess was right.
 template <bool MAGNITUDE, class T>
 void scan_topk(Collector &collector, const T *tile, int64_t width, int64_t first, const Screen &s, int64_t k,
                float guess) {
@@ -67,8 +69,7 @@ void scan_topk(Collector &collector, const T *tile, int64_t width, int64_t first
         const Products<T> p(tile, i, width, first, s);
         const float seen = bound_by_lanes<MAGNITUDE>(p, width, k, keys);
         if (seen > -INF) {
-            const float slack = s.largest_slack(i, seen);
-            const float floor = seen - (guess > 0 ? guess * slack + 1.1f * s.largest_finer_slack(i, seen) : slack);
+            const float floor = seen - guess * s.largest_slack(i, seen);
             if (floor > row.floor) row.floor = floor;
         }
         const float cut = row.floor > -INF ? cut_for(row.floor, s, i) : -INF;
@@ -91,7 +92,7 @@ void scan_topk(Collector &collector, const T *tile, int64_t width, int64_t first
             if (size_of(x, MAGNITUDE) >= cut) row.push({x, s.slack(i, first + c, x), int32_t(first + c), SCREENED});
         }
         if (odd_rest != 0) row.finite = false;
-        if (guess == 0 && row.count > 4 * k + 256) prune(row, k, MAGNITUDE, keys);
+        if (guess == 1 && row.count > 4 * k + 256) prune(row, k, MAGNITUDE, keys);
     });
 }
 
@@ -101,22 +102,11 @@ inline int64_t finish_topk(Collector &collector, const float *x, const float *we
                            int64_t d, int64_t k, bool magnitude, bool guess, int64_t *indices, float *values) {
     const auto exact = [](const Candidate &c) { return c.stage == EXACT; };
     const auto any = [](const Candidate &) { return true; };
-    if (s.rest) {
-        if (!guess) for_rows(collector, [&](Row &row, int64_t, Keys &keys) { prune(row, k, magnitude, keys); });
-        refine(collector, m, d, s);
-    }
+    if (guess) compute_all_exactly(collector, x, weight, m, d, s);
     int64_t *wrong = new int64_t[collector.n]();
     for_rows(collector, [&](Row &row, int64_t i, Keys &keys) {
-        const float guessed = row.floor;
-        row.floor = -INF;
-        prune(row, k, magnitude, keys);
-        wrong[i] = guess && (row.count < k || row.floor < guessed);
-        if (wrong[i]) row.count = 0;
-    });
-    if (s.rest) compute_all_exactly(collector, x, weight, m, d, s);  // hardly more than k are left
-    for_rows(collector, [&](Row &row, int64_t i, Keys &keys) {
-        if (wrong[i]) return;
-        if (!s.rest) {
+        if (!guess) {
+            prune(row, k, magnitude, keys);
             // First the k that look largest: they rule out most of the others.
             const float likely = of_key(kth_candidate(row, k, magnitude, false, keys, any));
             compute_exactly(row, i, x, weight, d, s, keys,
@@ -126,6 +116,8 @@ inline int64_t finish_topk(Collector &collector, const float *x, const float *we
                             [&](const Candidate &c) { return size_of(c.value, magnitude) + c.slack >= certain; });
         }
         const uint32_t last = kth_candidate(row, k, magnitude, false, keys, exact);
+        wrong[i] = guess && (row.count < k || of_key(last) < row.floor);
+        if (wrong[i]) return;
         int64_t ties = k;
         for (int64_t c = 0; c < keys.count; c++) ties -= keys.at[c] > last;
         int64_t out = i * k;
@@ -160,8 +152,8 @@ void scan_above(Collector &collector, const T *tile, int64_t width, int64_t firs
         for (; c + LANES <= width; c += LANES) {
             const Vec v = p.load(c);
             odd += v - v;
-            const Vec slack = by_norm * load(norms + c) + by_error * load(errors + c) +
-                              rel * (absolute(v) + absolute(load(bias + c))) + tiny;
+            const Vec open = together(by_norm * load(norms + c), by_error * load(errors + c), s.of_smaller);
+            const Vec slack = open + rel * (absolute(v) + absolute(load(bias + c))) + tiny;
             row.certain += __builtin_popcount(at_least(v - slack, load(bound + c)));
             for (uint32_t hits = at_least(v + slack, load(bound + c)); hits; hits &= hits - 1) {
                 const int64_t j = c + __builtin_ctz(hits);
@@ -182,12 +174,6 @@ void scan_above(Collector &collector, const T *tile, int64_t width, int64_t firs
 // Compute the candidates again in fp32 and keep those strictly above their bound; says how many each row keeps.
 inline void finish_above(Collector &collector, const float *x, const float *weight, const Screen &s, int64_t m,
                          int64_t d, const float *bounds, int64_t *counts) {
-    if (s.rest) {
-        refine(collector, m, d, s);
-        for_rows(collector, [&](Row &row, int64_t, Keys &) {
-            keep_if(row, [&](const Candidate &c) { return c.value + c.slack >= bounds[c.latent]; });
-        });
-    }
     compute_all_exactly(collector, x, weight, m, d, s);
     for (int64_t i = 0; i < collector.n; i++) counts[i] = 0;
     for_rows(collector, [&](Row &row, int64_t i, Keys &) {
@@ -221,20 +207,8 @@ void scan_groups(Collector &collector, const T *tile, int64_t width, int64_t fir
 }
 
 // The winner of each group, computed in fp32; among equal values the lowest latent.
-inline void finish_groups(Collector &collector, const float *x, const float *weight, const Screen &s, int64_t m,
-                          int64_t d, int64_t groups, int64_t size, int64_t *indices, float *values) {
-    if (s.rest) {
-        refine(collector, m, d, s);
-        for_rows(collector, [&](Row &row, int64_t i, Keys &) {
-            float *floor = values + i * groups;
-            for (int64_t g = 0; g < groups; g++) floor[g] = -INF;
-            for (int64_t c = 0; c < row.count; c++) {
-                const float certain = row.at[c].value - row.at[c].slack;
-                if (certain > floor[row.at[c].latent / size]) floor[row.at[c].latent / size] = certain;
-            }
-            keep_if(row, [&](const Candidate &c) { return c.value + c.slack >= floor[c.latent / size]; });
-        });
-    }
+inline void finish_groups(Collector &collector, const float *x, const float *weight, const Screen &s, int64_t d,
+                          int64_t groups, int64_t size, int64_t *indices, float *values) {
     for_rows(collector, [&](Row &row, int64_t i, Keys &keys) {
         compute_exactly(row, i, x, weight, d, s, keys, [](const Candidate &) { return true; });
         float *best = values + i * groups;

@@ -1,7 +1,4 @@
 // How candidates are computed again, in fp32, so that a selection can be made among them (candidates.h).
-//
-// An int8 product leaves many candidates. Their values are improved first with what rounding to int8 left of x and w,
-// also in int8: that takes half the bytes of an fp32 row, and hardly ever leaves more candidates than are selected.
 #pragma once
 
 #include "candidates.h"
@@ -65,7 +62,10 @@ void for_blocks(Collector &collector, int64_t m, int64_t bytes, const Begin &beg
                 return from[i] < collector.rows[i].count && collector.rows[i].at[from[i]].latent < end;
             };
             for (int64_t i = 0; i < collector.n; i++) {
-                if (i + 4 < collector.n) prefetch(collector.rows[i + 4].at + from[i + 4]);
+                if (i + 4 < collector.n) {
+                    const Candidate *soon = collector.rows[i + 4].at + from[i + 4];
+                    prefetch(soon), prefetch(soon + 4);
+                }
                 if (i + 1 < collector.n && wanted(i + 1)) fetch(i + 1);
                 const int64_t here = from[i];
                 while (wanted(i)) from[i]++;
@@ -120,37 +120,6 @@ inline void compute_all_exactly(Collector &collector, const float *x, const floa
                 }
             });
         });
-}
-
-// Add the rests to what all candidates are.
-inline void refine(Collector &collector, int64_t m, int64_t d, const Screen &s) {
-    const auto total = [&](int64_t j) { return total_of(s.bytes + j * d, s.rest + j * d, d); };
-    const bool few = how_many(collector) < m;
-    int32_t *totals = new int32_t[m];
-    for_blocks(
-        collector, m, 2 * d, [&](int64_t j) { if (!few) totals[j] = total(j); },
-        [&](int64_t i) {
-            for (int64_t c = 0; c < d; c += 64) prefetch(s.row_bytes + i * d + c), prefetch(s.row_rest + i * d + c);
-        },
-        [&](int64_t i, Candidate *at, int64_t count) {
-            for_groups(at, count, [&](auto k, Candidate *now) {
-                constexpr int K = decltype(k)::value;
-                const int8_t *bytes[K], *rests[K];
-                int32_t sums[K], added[K];
-                for (int c = 0; c < K; c++) {
-                    const int64_t j = now[c].latent;
-                    bytes[c] = s.bytes + j * d, rests[c] = s.rest + j * d, sums[c] = few ? total(j) : totals[j];
-                }
-                dots_crosswise<K>(s.row_bytes + i * d, s.row_rest + i * d, bytes, rests, d, sums, added);
-                for (int c = 0; c < K; c++) {
-                    const int64_t j = now[c].latent;
-                    now[c].value += float(added[c]) * (s.row_scales[i] * s.scales[j] / FINER);
-                    now[c].slack = s.finer_slack(i, j, now[c].value);
-                    now[c].stage = FINER_SCREENED;
-                }
-            });
-        });
-    delete[] totals;
 }
 
 }  // namespace

@@ -86,6 +86,11 @@ inline Vec load(const int8_t *p) {
 #endif
 }
 
+// Whole numbers and what is added to each and to all of them.
+inline Vec shifted(const int32_t *p, const int32_t *by, int32_t all_by) {
+    return __builtin_convertvector(*reinterpret_cast<const IntsAt *>(p) + *reinterpret_cast<const IntsAt *>(by) + all_by, Vec);
+}
+
 inline float value(int32_t x) { return float(x); }
 inline float value(int8_t x) { return x; }
 inline float value(float x) { return x; }
@@ -111,6 +116,7 @@ inline void store_rounded(bf16 *p, Vec v) {
 inline Vec all(float x) { return x - Vec{}; }
 
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
 
 inline Vec absolute(Vec a) { return a < 0 ? -a : a; }
 
@@ -208,62 +214,6 @@ inline void dots(const float *a, const float *const *b, int64_t d, float *out) {
         out[k] = sum((s[k][0] + s[k][1]) + (s[k][2] + s[k][3]));
         for (int64_t t = c; t < d; t++) out[k] += a[t] * b[k][t];
     }
-}
-
-#if defined(__AVX512VNNI__)
-// at(a pointer) for every 64 bytes, of which the last may have fewer.
-template <class At>
-inline void for_bytes(int64_t width, const At &at) {
-    int64_t i = 0;
-    for (; i + 64 <= width; i += 64) at([i](const int8_t *p) { return _mm512_loadu_si512(p + i); });
-    const __mmask64 left = (1ull << (width - i)) - 1;
-    if (left) at([i, left](const int8_t *p) { return _mm512_maskz_loadu_epi8(left, p + i); });
-}
-#endif
-
-// The sum of the bytes of two rows.
-inline int32_t total_of(const int8_t *a, const int8_t *b, int64_t width) {
-#if defined(__AVX512VNNI__)
-    const __m512i ones = _mm512_set1_epi8(1);
-    __m512i s0 = _mm512_setzero_si512(), s1 = s0;
-    for_bytes(width, [&](const auto &get) {
-        s0 = _mm512_dpbusd_epi32(s0, ones, get(a));
-        s1 = _mm512_dpbusd_epi32(s1, ones, get(b));
-    });
-    return _mm512_reduce_add_epi32(_mm512_add_epi32(s0, s1));
-#else
-    int32_t total = 0;
-    for (int64_t i = 0; i < width; i++) total += a[i] + b[i];
-    return total;
-#endif
-}
-
-// a . d + b . c for each of K pairs of rows c and d, without rounding: the two middle terms of (a + b / 254) . (c + d / 254).
-// `totals` are the sums of all of c's and d's elements.
-template <int K>
-inline void dots_crosswise(const int8_t *a, const int8_t *b, const int8_t *const *c, const int8_t *const *d,
-                           int64_t width, [[maybe_unused]] const int32_t *totals, int32_t *out) {
-#if defined(__AVX512VNNI__)
-    // The instruction multiplies unsigned bytes with signed ones, so 128 is added to a and b. Each of 16 lanes takes off
-    // its part beforehand, so that no sum of lanes leaves int32.
-    const __m512i sign = _mm512_set1_epi8(-128);
-    __m512i s0[K], s1[K];
-    for (int k = 0; k < K; k++) s0[k] = _mm512_set1_epi32(-8 * totals[k]), s1[k] = _mm512_setzero_si512();
-    for_bytes(width, [&](const auto &get) {
-        const __m512i v = _mm512_xor_si512(get(a), sign), w = _mm512_xor_si512(get(b), sign);
-#pragma GCC unroll 4
-        for (int k = 0; k < K; k++) {
-            s0[k] = _mm512_dpbusd_epi32(s0[k], v, get(d[k]));
-            s1[k] = _mm512_dpbusd_epi32(s1[k], w, get(c[k]));
-        }
-    });
-    for (int k = 0; k < K; k++) out[k] = _mm512_reduce_add_epi32(_mm512_add_epi32(s0[k], s1[k]));
-#else
-    for (int k = 0; k < K; k++) {
-        out[k] = 0;
-        for (int64_t i = 0; i < width; i++) out[k] += a[i] * d[k][i] + b[i] * c[k][i];
-    }
-#endif
 }
 
 // The dot product of two bf16 rows, summed in fp32.

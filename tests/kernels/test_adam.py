@@ -190,24 +190,59 @@ def test_the_screen_is_that_of_the_new_rows(target, monkeypatch, precision, unit
 
 
 @pytest.mark.parametrize("d", [1, 16, 37, 130])
-def test_images_say_how_far_they_are_from_the_rows(target, d):
+def test_images_in_bf16_say_how_far_they_are_from_the_rows(target, d):
     weight = torch.randn(9, d) * 10.0 ** torch.arange(-4.0, 5.0)[:, None]
     weight[3] = 0
-    halves, images = (make_images(weight, Images.room_for(weight, kind)) for kind in ("bf16", "int8"))
-    exact = weight.double()
+    images, exact = make_images(weight, Images.room_for(weight, "bf16")), weight.double()
     torch.testing.assert_close(images.norms.double(), exact.norm(dim=1), rtol=1e-5, atol=0)
-    assert torch.equal(halves.half, weight.bfloat16())
-    scales = images.byte_scales.double()[:, None]
-    bytes = images.bytes.double() * scales
-    both = bytes + images.rest.double() * scales / 254
-    for image, errors in (
-        (halves.half.double(), halves.half_errors), (bytes, images.byte_errors), (both, images.rest_errors)
-    ):  # fmt: skip
-        # Bounds that are too low by more than fp32's rounding would lose latents.
-        error = (exact - image).norm(dim=1)
-        slack = 1e-5 * error + 2.0**-23 * exact.norm(dim=1)
-        assert ((errors.double() - error).abs() <= slack).all()
-    assert (images.rest_errors <= images.byte_errors / 100 + 1e-6 * images.norms).all()
+    assert torch.equal(images.half, weight.bfloat16())
+    # Bounds that are too low by more than fp32's rounding would lose latents.
+    error = (exact - images.half.double()).norm(dim=1)
+    slack = 1e-5 * error + 2.0**-23 * exact.norm(dim=1)
+    assert ((images.half_errors.double() - error).abs() <= slack).all()
+
+
+def _undone(images):
+    """Int8 images in units, with their dither taken off."""
+    return images.bytes.double() - images.dither.double()
+
+
+@pytest.mark.parametrize("d", [1, 16, 37, 130])
+def test_images_in_int8_are_half_a_unit_from_the_rows(target, d):
+    weight = torch.randn(9, d) * 10.0 ** torch.arange(-4.0, 5.0)[:, None]
+    weight[3], weight[4] = 0, 1e-38 * torch.randn(d)
+    images, scales = make_images(weight, Images.room_for(weight, "int8")), weight.double().abs().amax(1) / 126.5
+    torch.testing.assert_close(images.norms.double(), weight.double().norm(dim=1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(images.byte_scales.double(), scales.clamp(min=1e-30), rtol=1e-6, atol=0)
+    error = weight.double() / images.byte_scales.double()[:, None] - _undone(images)
+    assert (error.abs() <= 0.5 + 1e-4).all()
+
+
+@pytest.mark.parametrize("d", [1, 16, 37, 130])
+def test_shifts_turn_products_of_bytes_into_those_of_images(target, d):
+    x, w = torch.randn(2, 50, d).unbind()
+    x[0], w[0], x[1], w[1] = 0, 0, 126.5, -126.5
+    inputs = make_images(x, Images.room_for(x, "int8", inputs=True))
+    encoder = make_images(w, Images.room_for(w, "int8"))
+    assert torch.equal(inputs.dither, encoder.other_dither)
+    assert torch.equal(encoder.dither, inputs.other_dither)
+    assert not torch.equal(encoder.dither, inputs.dither)
+    products = inputs.bytes.double() @ encoder.bytes.double().T
+    shifted = products + inputs.byte_shifts.double()[:, None] + encoder.byte_shifts.double()
+    assert ((shifted - _undone(inputs) @ _undone(encoder).T).abs() <= 1.01).all()  # each is rounded
+
+
+@pytest.mark.parametrize("value", [0.3, 1.0, 77.7])
+def test_what_rounding_to_int8_changes_knows_nothing_of_the_row(target, value):
+    """Without dither all columns of a row of equal numbers would be off by the same, and their errors add up."""
+    d = 4096
+    row = torch.full((1, d), value)
+    row[0, 0] = 100
+    images = make_images(row, Images.room_for(row, "int8"))
+    error = (row.double() / images.byte_scales.double()[:, None] - _undone(images))[0]
+    assert abs(error.mean()) < 4 * 12**-0.5 / d**0.5
+    assert abs(error.std() - 12**-0.5) < 0.01
+    assert abs(torch.corrcoef(torch.stack([error[1:], error[:-1]]))[0, 1]) < 4 / d**0.5
 
 
 def test_the_reference_makes_no_screen(monkeypatch):

@@ -61,7 +61,7 @@ class Collector:
 
     def finish_groups(self, x: Tensor, weight: Tensor, screen: ctypes.Structure, groups: int, size: int) -> Selection:
         indices, values = x.new_empty(self.n * groups, dtype=torch.int64), x.new_empty(self.n * groups)
-        cpu.call("finish_groups", self._handle, x, weight, *weight.shape, screen, groups, size, indices, values)
+        cpu.call("finish_groups", self._handle, x, weight, weight.shape[1], screen, groups, size, indices, values)
         return Selection(indices.new_full((self.n,), groups), indices, values)
 
     def finish_above(self, x: Tensor, weight: Tensor, screen: ctypes.Structure, bounds: Tensor) -> Selection:

@@ -41,7 +41,7 @@ _SIGNATURES = {  # p: pointer or None, i: int64, u: uint64, f: float, d: double;
     "scan_above": "ppiiipp",
     "finish_above": "pppiippp",
     "scan_groups": "ppiiipi",
-    "finish_groups": "pppiipiipp",
+    "finish_groups": "pppipiipp",
     "dense_codes": "piiipppp:i",
     "dense_back": "ppiiippfppp",
     "largest_of_batch": "pippi",

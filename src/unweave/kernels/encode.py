@@ -31,6 +31,10 @@ FUSED_ROWS = 4096
 FIRST_TILE = 2048
 """Latents of such a chunk after which it is first seen whether it is too dense."""
 _PROBE_ROWS = 64
+_GUESS = 0.25
+"""Share of the slack that floors of `Largest` are set below what was seen, after an int8 product: twice the standard
+deviation of the error."""
+
 
 class TooDense(Exception):  # no error: the caller then computes densely
     """So many entries are above their bounds that sparse execution would not pay."""
@@ -191,7 +195,7 @@ def _screened(
     if screen is None:
         screen = Screen.room_for(rows, precision)
         cpu.make_images(rows, screen.images)
-    inputs = cpu.make_images(x, Images.room_for(x, screen.kind, "inputs"))
+    inputs = cpu.make_images(x, Images.room_for(x, screen.kind, "inputs", inputs=True))
     if screen.kind == "int8" and too_coarse(inputs):
         screen = Screen("bf16", cpu.make_images(rows, Images.room_for(rows, "bf16", "an encoder")))
         inputs = cpu.make_images(x, Images.room_for(x, "bf16", "inputs"))
@@ -254,16 +258,15 @@ def _screened(
                 raise _not_finite(start + row)
             match spec:
                 case Largest(k, magnitude):
-                    return collector.finish_topk(part, rows, known, k, magnitude, guess > 0)
+                    return collector.finish_topk(part, rows, known, k, magnitude, guess < 1)
                 case LargestOfGroups(groups):
                     return collector.finish_groups(part, rows, known, groups, group)
             return collector.finish_above(part, rows, known, bounds)
 
-    # Errors of d independent roundings reach a 1/sqrt(d) of their bound. A guess of 4 times that which fails costs the
-    # row a second product, and the certain way still gives the answer.
-    guess = 4 * x.shape[1] ** -0.5 if guessing and screening.kind == "int8" and x.shape[1] > 64 else 0.0
+    # A guess that fails costs the row a second product, and the certain way still gives the answer.
+    guess = _GUESS if guessing and screening.kind == "int8" else 1.0
     found = _joined([chunk(start, guess) for start in range(0, n, chunk_rows)])
-    if isinstance(spec, Largest) and guess > 0:
+    if isinstance(spec, Largest) and guess < 1:
         failed = (found.indices[:: spec.k] < 0).nonzero().flatten()
         if len(failed):
             again = _screened(x[failed], W_enc, b_enc, spec, precision, screen, max_density, guessing=False)

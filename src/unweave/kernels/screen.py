@@ -1,8 +1,8 @@
 """What a screening product takes, and how far its results can be from the true ones.
 
-An encoder's rows are kept in the precisions that products are made in, each with the norm of what rounding took away;
-so are the inputs. By Cauchy-Schwarz these norms bound the error of every pre-activation, which is what makes selection
-from a low-precision product exact (csrc/select.h).
+An encoder's rows are kept in the precision that products are made in, with what rounding may have changed; so are the
+inputs. That bounds the error of every pre-activation, which is what makes selection from a low-precision product exact
+(csrc/candidates.h).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int8, Int32
 from torch import Tensor
 
 from unweave.kernels.scratch import scratch
@@ -22,7 +22,10 @@ Precision = Literal["auto", "fp32", "bf16"]
 Kind = Literal["fp32", "bf16", "int8"]
 
 _COARSEST = 0.02
-"""Relative rounding of inputs above which int8 leaves too many candidates: a few large dimensions take its range."""
+"""Relative error of inputs above which int8 leaves too many candidates: a few large dimensions take its range."""
+_UNITS = 2.65
+"""Units of an int8 row times the norm of another that the rounding of the one may change their product by, less than
+which would be exceeded with a chance of more than exp(-6 * 2.63**2) = 1e-18; the rest is rounding of the shifts."""
 _NARROWEST = 256
 """Width from which an int8 product saves more than its candidates cost."""
 _WIDEST = 2**30 // 128**2
@@ -54,6 +57,13 @@ def kind_of(precision: Precision, d: int) -> Kind:
     return precision
 
 
+@functools.cache
+def _dithers(d: int) -> tuple[Tensor, Tensor]:
+    """Random numbers between -1/2 and 1/2 for each column of an encoder's rows, and of inputs; always the same."""
+    encoder, inputs = torch.rand(2, d, generator=torch.Generator("cpu").manual_seed(5), device="cpu") - 0.5
+    return encoder, inputs
+
+
 @dataclass(frozen=True, eq=False)
 class Images:
     """The rows of a matrix in lower precisions. Fields that a kind of product does not need are None."""
@@ -66,35 +76,38 @@ class Images:
     bytes: Int8[Tensor, "m d"] | None = None
     byte_scales: Float[Tensor, " m"] | None = None
     """The worth of one unit of each int8 row."""
-    byte_errors: Float[Tensor, " m"] | None = None
-    """Norm of what rounding to int8 changed."""
-    rest: Int8[Tensor, "m d"] | None = None
-    """What rounding to int8 changed, in units 254 times as small."""
-    rest_errors: Float[Tensor, " m"] | None = None
-    """Norm of what rounding the rest to int8 changed."""
+    byte_shifts: Int32[Tensor, " m"] | None = None
+    """What is to be added to each int8 row's products, for the dithers."""
+    dither: Float[Tensor, " d"] | None = None
+    """What was added to every int8 row, in units, before rounding."""
+    other_dither: Float[Tensor, " d"] | None = None
+    """The dither of the matrix that this one is multiplied with."""
 
     @classmethod
-    def room_for(cls, weight: Float[Tensor, "m d"], kind: Kind, reused: str | None = None) -> Images:
-        """Images of a matrix, yet to be made. Those in `reused` memory are overwritten by the next ones in it."""
-        half, bytes = kind == "bf16", kind == "int8"
+    def room_for(
+        cls, weight: Float[Tensor, "m d"], kind: Kind, reused: str | None = None, *, inputs: bool = False
+    ) -> Images:
+        """Images of a matrix, yet to be made.
 
-        def vector(wanted: bool) -> Tensor | None:
-            return weight.new_empty(len(weight)) if wanted else None
+        Args:
+            weight: The matrix.
+            kind: Of the product.
+            reused: Name of memory that they are made in, and the next ones of that name after them.
+            inputs: Whether they are of inputs, and not of an encoder.
+        """
+        m, d = weight.shape
 
         def rows(name: str, dtype: torch.dtype) -> Tensor:
-            shape = tuple(weight.shape)
-            return scratch(f"{name} of {reused}", shape, dtype) if reused else weight.new_empty(shape, dtype=dtype)
+            return scratch(f"{name} of {reused}", (m, d), dtype) if reused else weight.new_empty((m, d), dtype=dtype)
 
-        return cls(
-            weight.new_empty(len(weight)),
-            rows("halves", torch.bfloat16) if half else None,
-            vector(half),
-            rows("bytes", torch.int8) if bytes else None,
-            vector(bytes),
-            vector(bytes),
-            rows("rests", torch.int8) if bytes else None,
-            vector(bytes),
-        )
+        norms = weight.new_empty(m)
+        if kind == "bf16":
+            return cls(norms, half=rows("halves", torch.bfloat16), half_errors=torch.empty_like(norms))
+        if kind == "int8":
+            own, other = reversed(_dithers(d)) if inputs else _dithers(d)
+            shifts = weight.new_empty(m, dtype=torch.int32)
+            return cls(norms, None, None, rows("bytes", torch.int8), torch.empty_like(norms), shifts, own, other)
+        return cls(norms)
 
     def struct(self) -> ctypes.Structure:
         """As the kernels read it."""
@@ -108,11 +121,10 @@ class _ImagesStruct(ctypes.Structure):
 class _ScreenStruct(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
-            "bias", "norms", "errors", "scales", "bytes", "rest", "rest_errors",
-            "by_norm", "by_error", "row_bytes", "row_rest", "row_scales",
-            "finer_by_norm", "finer_by_error", "finer_by_rest",
+            "bias", "norms", "errors", "scales", "bytes", "shifts",
+            "by_norm", "by_error", "row_bytes", "row_scales", "row_shifts",
         )),
-        *((name, ctypes.c_float) for name in ("rel", "max_bias", "max_norm", "max_error", "max_rest_error")),
+        *((name, ctypes.c_float) for name in ("rel", "of_smaller", "max_bias", "max_norm", "max_error")),
     ]  # fmt: skip
 
 
@@ -131,15 +143,15 @@ class Screen:
 
     def fits(self, m: int, d: int) -> bool:
         """Whether it can be that of an encoder of m latents and width d."""
-        matrices = [t for t in (self.images.half, self.images.bytes, self.images.rest) if t is not None]
+        matrices = [t for t in (self.images.half, self.images.bytes) if t is not None]
         return len(self.images.norms) == m and all(t.shape == (m, d) for t in matrices)
 
 
 def too_coarse(inputs: Images) -> bool:
     """Whether int8 images of inputs are of no use."""
-    assert inputs.byte_errors is not None
+    assert inputs.byte_scales is not None
     assert inputs.bytes is not None
-    rough = inputs.byte_errors > _COARSEST * inputs.norms
+    rough = _UNITS * inputs.byte_scales > _COARSEST * inputs.norms
     # torch._int_mm leaves its result unwritten at width 1.
     return inputs.bytes.shape[1] == 1 or bool(rough.sum() > len(rough) / 8)
 
@@ -160,31 +172,33 @@ class Screening:
     ) -> None:
         images, sums = screen.images, 4 * x.shape[1] * 2.0**-24  # rounding of two sums of d products, relative
         self.kind, self.bias, self.images, self.inputs = screen.kind, bias, images, inputs
-        self.finer: list[Tensor | None] = [None, None, None]
-        rounded, errors = torch.zeros_like(inputs.norms), torch.zeros_like(images.norms)
+        self.of_smaller = 1.0
         if self.kind == "fp32":
             self.x, self.weight, self.rel = x, weight, 2.0**-23
+            self.by_norm, self.by_error = sums * inputs.norms, inputs.norms
+            self.errors = torch.zeros_like(images.norms)
         elif self.kind == "bf16":
             assert inputs.half is not None
+            assert inputs.half_errors is not None
             assert images.half is not None
+            assert images.half_errors is not None
             self.x, self.weight, self.rel = inputs.half, images.half, 2.0**-8
-            rounded, errors = inputs.half_errors, images.half_errors  # type: ignore[assignment]
+            self.by_norm, self.by_error = inputs.half_errors + sums * inputs.norms, inputs.norms + inputs.half_errors
+            self.errors = images.half_errors
         else:
             assert inputs.bytes is not None
-            assert inputs.rest_errors is not None
+            assert inputs.byte_scales is not None
             assert images.bytes is not None
-            assert images.rest_errors is not None
+            assert images.byte_scales is not None
             self.x, self.weight, self.rel = inputs.bytes, images.bytes, 2.0**-21
-            rounded, errors = inputs.byte_errors, images.byte_errors  # type: ignore[assignment]
             sums = (2 * x.shape[1] + 16) * 2.0**-24  # one sum: the product itself is made of whole numbers
-            # With x = x' + x" + left, and w alike, x'w' + x'w" + x"w' lacks left . w, (x' + x") . (what is left of w)
-            # and x" . w", where |x"| <= |dx| + |left|.
-            left, both = inputs.rest_errors, rounded + inputs.rest_errors
-            self.finer = [left + sums * inputs.norms, both, inputs.norms + left + both]
-        self.errors = errors
-        self.by_norm, self.by_error = rounded + sums * inputs.norms, inputs.norms + rounded
-        largest = (bias.abs(), images.norms, errors, images.rest_errors)
-        self.largest = [0.0 if t is None else t.max().item() for t in largest]
+            # The root of a sum of squares is at most the larger number and this share of the smaller. It grows by at
+            # least what is added to both numbers, so that both have the rounding of the sum, which is not random.
+            self.of_smaller = 2**0.5 - 1
+            self.by_norm = _UNITS * inputs.byte_scales + sums * inputs.norms
+            self.errors = _UNITS * images.byte_scales + sums * images.norms
+            self.by_error = inputs.norms + x.shape[1] ** 0.5 / 2 * inputs.byte_scales
+        self.largest = [t.max().item() for t in (bias.abs(), images.norms, self.errors)]
 
     def products(self, rows: slice, latents: slice, buffer: Tensor) -> Tensor:
         """The products of some rows with some latents, in a reused buffer."""
@@ -201,7 +215,7 @@ class Screening:
         assert self.inputs.byte_scales is not None
         assert self.images.byte_scales is not None
         units = self.inputs.byte_scales.max().item() * self.images.byte_scales.max().item()
-        return units * 127**2 * self.x.shape[1] + self.largest[0] < 1e38
+        return units * 128**2 * self.x.shape[1] + self.largest[0] < 1e38
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -210,8 +224,8 @@ class Screening:
     def struct(self, first_row: int) -> ctypes.Structure:
         """As the kernels read it, for rows from `first_row` on."""
         w, x = self.images, self.inputs
-        of_latents = (self.bias, w.norms, self.errors, w.byte_scales, w.bytes, w.rest, w.rest_errors)
-        of_rows = (self.by_norm, self.by_error, x.bytes, x.rest, x.byte_scales, *self.finer)
+        of_latents = (self.bias, w.norms, self.errors, w.byte_scales, w.bytes, w.byte_shifts)
+        of_rows = (self.by_norm, self.by_error, x.bytes, x.byte_scales, x.byte_shifts)
         pointers = [None if t is None else t.data_ptr() for t in of_latents]
         pointers += [None if t is None else t[first_row:].data_ptr() for t in of_rows]
-        return _ScreenStruct(*pointers, self.rel, *self.largest)
+        return _ScreenStruct(*pointers, self.rel, self.of_smaller, *self.largest)
