@@ -117,10 +117,11 @@ i64 UW_EXPORT(certain)(void *handle) {
 void UW_EXPORT(pick_topk)(void *handle, i64 m, i64 d, const void *screen, i64 k, i64 magnitude, float guess) {
     Collector &collector = *static_cast<Collector *>(handle);
     const Outliers outliers(SCREEN, m);
+    float lowest = INF;
     if (magnitude)
-        pick_candidates(collector, 0, m, d, SCREEN, PickLargest<true>{outliers, k, guess});
+        pick_candidates(collector, 0, m, d, SCREEN, PickLargest<true>{outliers, k, m, guess, &lowest});
     else
-        pick_candidates(collector, 0, m, d, SCREEN, PickLargest<false>{outliers, k, guess});
+        pick_candidates(collector, 0, m, d, SCREEN, PickLargest<false>{outliers, k, m, guess, &lowest});
 }
 
 void UW_EXPORT(pick_above)(void *handle, i64 first, i64 width, i64 d, const void *screen, const float *bounds,

@@ -26,21 +26,21 @@ T *aligned(int64_t count) {
     return static_cast<T *>(std::aligned_alloc(64, bytes));
 }
 
-// Rows as a tile takes them: of TILE_ROWS rows first what their sums begin at, `shifts` among it, then four bytes of each,
+// Some rows as a tile takes them: of TILE_ROWS rows first what their sums begin at, `shifts` among it, then four bytes of each,
 // the next four of each, and so on. What is missing in the last tile is 0.
 struct PackedRows {
     int64_t n, stride;
     int32_t *at;
 
-    PackedRows(const int8_t *bytes, const int32_t *shifts, int64_t n, int64_t d)
+    PackedRows(const int8_t *bytes, const int32_t *shifts, const int64_t *which, int64_t n, int64_t d)
         : n(n), stride(TILE_ROWS * (fours(d) + 1)), at(aligned<int32_t>(tile_rows(n) * stride)) {
         std::memset(at, 0, tile_rows(n) * stride * sizeof(int32_t));
         for (int64_t i = 0; i < n; i++) {
             int32_t *to = at + i / TILE_ROWS * stride + i % TILE_ROWS;
-            const int8_t *row = bytes + i * d;
+            const int8_t *row = bytes + which[i] * d;
             int32_t total = 0;
             for (int64_t c = 0; c < d; c++) total += row[c];
-            *to = shifts[i] - 128 * total;
+            *to = shifts[which[i]] - 128 * total;
             for (int64_t c = 0; c < d; c += 4) std::memcpy(to += TILE_ROWS, row + c, d - c < 4 ? d - c : 4);
         }
     }

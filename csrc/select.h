@@ -120,14 +120,15 @@ inline int64_t finish_topk(Collector &collector, const float *x, const float *we
         if (wrong[i]) return;
         int64_t ties = k;
         for (int64_t c = 0; c < keys.count; c++) ties -= keys.at[c] > last;
-        int64_t out = i * k;
-        for (int64_t c = 0; c < row.count; c++) {
-            if (!exact(row.at[c])) continue;
-            const uint32_t own = key(size_of(row.at[c].value, magnitude));
-            if (own > last || (own == last && ties-- > 0)) {
-                indices[out] = row.at[c].latent;
-                values[out++] = row.at[c].value;
-            }
+        // Whether the next one is taken would often be guessed wrong, so each is written down.
+        for (int64_t c = 0, out = i * k; c < row.count && out < (i + 1) * k; c++) {
+            const Candidate now = row.at[c];
+            const uint32_t own = key(size_of(now.value, magnitude));
+            const bool tied = exact(now) & (own == last);
+            indices[out] = now.latent;
+            values[out] = now.value;
+            out += (exact(now) & (own > last)) | (tied & (ties > 0));
+            ties -= tied;
         }
     });
     int64_t failed = 0;

@@ -90,16 +90,23 @@ void for_groups(Candidate *at, int64_t count, const Act &act) {
     if (count) act(std::integral_constant<int, 1>(), at);
 }
 
-// Compute all candidates exactly: in blocks of latents where most rows have some in each and the weight is too large for
-// the last level of the cache, else row by row.
+// Compute all candidates exactly. Where the weight is too large for the last level of the cache: in blocks of latents that
+// fit into the second level, if most rows have candidates in each, else in a few parts that fit into the last.
 inline void compute_all_exactly(Collector &collector, const float *x, const float *weight, int64_t m, int64_t d,
                                 const Screen &s) {
-    constexpr int64_t LARGE = 16 << 20;
+    constexpr int64_t LARGE = 16 << 20, MOST_PARTS = 8;
     const int64_t bytes = 4 * d, blocks = m / fitting_rows(bytes) + 1;
-    if (m * bytes < LARGE || how_many(collector) < collector.n * blocks)
-        return for_rows(collector, [&](Row &row, int64_t i, Keys &keys) {
-            compute_exactly(row, i, x, weight, d, s, keys, [](const Candidate &) { return true; });
-        });
+    if (m * bytes < LARGE || how_many(collector) < collector.n * blocks) {
+        const int64_t fitting = m * bytes / LARGE + 1, parts = fitting < MOST_PARTS ? fitting : MOST_PARTS;
+        for (int64_t part = 0; part < parts; part++) {
+            const int64_t first = m * part / parts, end = m * (part + 1) / parts;
+            for_rows(collector, [&](Row &row, int64_t i, Keys &keys) {
+                compute_exactly(row, i, x, weight, d, s, keys,
+                                [&](const Candidate &c) { return (c.latent >= first) & (c.latent < end); });
+            });
+        }
+        return;
+    }
     const auto ask_for = [d](const float *row) {
         for (int64_t c = 0; c < d; c += 16) prefetch(row + c);
     };

@@ -211,6 +211,24 @@ def test_what_was_guessed_hardly_ever_fails(monkeypatch):
     assert sum(made[1:]) < 10
 
 
+@pytest.mark.parametrize("share", [0.0, 0.002, 0.3, 0.998, 1.0])
+@pytest.mark.parametrize("magnitude", [False, True])
+def test_what_other_rows_reach_only_decides_how_fast_it_is(monkeypatch, share, magnitude):
+    """Rows begin at what the first ones reach, for their length; some rows reach far less."""
+    made: list[int] = []
+    collector = Collector.__init__
+    monkeypatch.setattr(Collector, "__init__", lambda self, n: (made.append(n), collector(self, n))[1])
+    x, rows, bias = torch.randn(3000, 40), torch.randn(600, 40), 0.1 * torch.randn(600)
+    rows[:, 20:] = 0
+    x[torch.rand(3000) < share, :20] *= 0.2
+    expected = encode_select(x, rows.T, bias, Largest(5, magnitude), precision="fp32")
+    made.clear()
+    found = encode_select(x, rows.T, bias, Largest(5, magnitude))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert sum(made) < 3000 + 60, made
+    assert (sum(made) > 3000 + 5) == (share == 0.002), made  # so few were not among the first
+
+
 @pytest.mark.parametrize("inputs", ["normal", "equal", "few values", "one large", "a latent's own"])
 def test_slacks_hold_whatever_the_inputs_are(inputs):
     """By far, and they are not wider than they need be: nothing is nearer to the slack than a few deviations."""
@@ -251,7 +269,7 @@ def test_layout_of_inputs():
 @pytest.mark.parametrize("spec", [Largest(20), Largest(20, True), LargestOfGroups(35), Above(15.0)], ids=repr)
 def test_threads(spec):
     """More parts than threads, and as many; the rows of a part are never a multiple of those of a tile."""
-    x, W, bias = torch.randn(1000, 130), torch.randn(700, 130).T, torch.randn(700)
+    x, W, bias = torch.randn(2500, 130), torch.randn(700, 130).T, torch.randn(700)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 7):

@@ -148,6 +148,8 @@ def select_by_rows(
 
 
 def _joined(parts: list[Selection]) -> Selection:
+    if len(parts) == 1:
+        return parts[0]
     columns = list(zip(*parts, strict=True))
     parts.clear()  # each column's parts are given back before the next is joined
     return Selection(*(torch.cat(columns.pop(0)) for _ in Selection._fields))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unweave import kernels
 from unweave._errors import UnweaveError
+from unweave.kernels.scratch import scratch
 from unweave.objectives import Matryoshka
 from unweave.sae import SAE, ArchetypalDictionary, Normalization, TemporalSAE
 from unweave.training.config import SAEConfig
@@ -238,7 +239,11 @@ class Trainee:
     def _scaled(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
         """Activations at the scale of training, in memory of their own."""
         x = x.detach().to(self.sae.dtype)
-        return x * self.scale if self.normalization is None else self.normalization(x)
+        if self.normalization is not None:
+            return self.normalization(x)
+        if x.device.type != "cpu":
+            return x * self.scale
+        return torch.mul(x, self.scale, out=scratch("scaled inputs", tuple(x.shape), x.dtype))
 
     def draws(self) -> torch.Generator:
         """The random numbers of a step: a function of seed and step alone, so that a resumed run draws alike."""
