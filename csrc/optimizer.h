@@ -89,13 +89,14 @@ inline void bytes_of_row(const float *row, int64_t j, int64_t d, const Images &i
     float tail = 0;
     for (c = 0; c + LANES <= d; c += LANES) {
         const Vec dither = load(into.dither + c);
-        store_rounded(bytes + c, clipped(load(row + c) * inverse + dither, all(127)));
-        lacking += (load(bytes + c) - 0.5f * dither) * load(into.other + c);
+        const Vec whole = nearest(clipped(load(row + c) * inverse + dither, all(127)));
+        store(bytes + c, whole);
+        lacking += (whole - 0.5f * dither) * load(into.other + c);
     }
     for (; c < d; c++) {
-        const float dither = into.dither[c], v = clipped(row[c] * inverse + dither, 127.0f);
-        bytes[c] = int8_t(v < 0 ? v - 0.5f : v + 0.5f);
-        tail += (bytes[c] - 0.5f * dither) * into.other[c];
+        const float dither = into.dither[c], whole = nearest(clipped(row[c] * inverse + dither, 127.0f));
+        bytes[c] = int8_t(whole);
+        tail += (whole - 0.5f * dither) * into.other[c];
     }
     into.byte_scales[j] = scale;
     into.byte_shifts[j] = int32_t(std::lrint(-(sum(lacking) + tail)));

@@ -68,14 +68,26 @@ inline Vec load(const int32_t *p) {
     return __builtin_convertvector(*reinterpret_cast<const IntsAt *>(p), Vec);
 }
 
-// To the nearest whole number; every lane is between -127 and 127.
-inline void store_rounded(int8_t *p, Vec v) {
-    const Ints whole = __builtin_convertvector(v < 0 ? v - 0.5f : v + 0.5f, Ints);
+// The nearest whole number, of one below 2^22 in size: the last place of such a sum is worth 1.
+template <class V>
+inline V nearest(V v) {
+    constexpr float large = 3 << 22;
+    return (v + large) - large;
+}
+
+// Every lane is a whole number between -127 and 127.
+inline void store(int8_t *p, Vec whole) {
+    const Ints numbers = __builtin_convertvector(whole, Ints);
 #if defined(__AVX512F__)
-    _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)whole));
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)numbers));
 #else
-    *reinterpret_cast<BytesAt *>(p) = __builtin_convertvector(whole, BytesAt);
+    *reinterpret_cast<BytesAt *>(p) = __builtin_convertvector(numbers, BytesAt);
 #endif
+}
+
+// Whole numbers and what is added to each and to all of them.
+inline Vec shifted(const int32_t *p, const int32_t *by, int32_t all_by) {
+    return __builtin_convertvector(*reinterpret_cast<const IntsAt *>(p) + *reinterpret_cast<const IntsAt *>(by) + all_by, Vec);
 }
 
 inline Vec load(const int8_t *p) {
@@ -86,13 +98,7 @@ inline Vec load(const int8_t *p) {
 #endif
 }
 
-// Whole numbers and what is added to each and to all of them.
-inline Vec shifted(const int32_t *p, const int32_t *by, int32_t all_by) {
-    return __builtin_convertvector(*reinterpret_cast<const IntsAt *>(p) + *reinterpret_cast<const IntsAt *>(by) + all_by, Vec);
-}
-
 inline float value(int32_t x) { return float(x); }
-inline float value(int8_t x) { return x; }
 inline float value(float x) { return x; }
 inline float value(bf16 x) {
     uint32_t wide = uint32_t(x.bits) << 16;

@@ -115,7 +115,7 @@ class Fused:
     def sparse_bytes(self, n: int) -> tuple[int, int]:
         """Memory that dense execution leads to once it turns sparse: lasting, and more in a step of `n` tokens."""
         m, d = self.sae.W_dec.shape
-        screen = 0 if kind_of(self.config.precision, d) == "fp32" else 2 * m * d
+        screen = {"fp32": 0, "bf16": 2, "int8": 1}[kind_of(self.config.precision, d)] * m * d
         return screen, round(SPARSE_BELOW * n * m) * _ENTRY_BYTES
 
     def _surely_dense(self, centred: Tensor) -> bool:
