@@ -25,6 +25,7 @@ from unweave import kernels
 from unweave.kernels import cpu, reference
 from unweave.kernels.adam import adam_rows
 from unweave.kernels.dispatch import VARIABLE, backend
+from unweave.kernels.screen import kind_of
 
 
 class Piece(NamedTuple):
@@ -109,6 +110,7 @@ def pieces(d_in: int, d_sae: int, batch: int, k: int, l0: float) -> list[Piece]:
             updated, grad, None, *moments, lr=1e-9, betas=(0.9, 0.999), eps=1e-8, step=10, unit=True, screen="auto"
         )
 
+    image = {"int8": 0.25, "bf16": 0.5, "fp32": 0}[kind_of("auto", d_in)] if compiled else 0
     found += [
         Piece("gather_sum", lambda _: kernels.gather_sum(indices, values, offsets, W_dec),
               weight + gradients + codes, 2 * nnz * d_in),
@@ -118,7 +120,7 @@ def pieces(d_in: int, d_sae: int, batch: int, k: int, l0: float) -> list[Piece]:
               weight + gradients + codes, 2 * nnz * d_in),
         Piece("transpose", lambda _: kernels.transpose(indices, offsets, d_sae), 24.0 * nnz + 8 * d_sae, 0.0),
         Piece("scatter_outer", scatter, weight + gradients + codes, 2 * nnz * d_in),
-        Piece("adam_rows, unit rows", adam, weight * 7 + (0.75 * weight if low else 0), 0.0),
+        Piece("adam_rows, unit rows", adam, (7 + image) * weight, 0.0),
     ]  # fmt: skip
     return found
 

@@ -11,9 +11,10 @@
 //
 // After rounding to int8 that would leave several times as much open as ever happens, so dx and dw are made random:
 // dither is added before rounding and taken off afterwards, and with it dx and dw are even in (-1/2, 1/2] units, column
-// by column, whatever x and w are (Schuchman 1964). Such a sum, sum_i dx_i w_i, is sub-Gaussian with variance factor
-// |w|^2 / 12, and the variances of the two terms add up: the chance that their sum is below
-// -z sqrt(s^2 |w|^2 + t^2 |x'|^2), where s and t are the units, is at most exp(-6 z^2) (Hoeffding 1963).
+// by column, whatever x and w are that were chosen without knowing the dither (Schuchman 1964). As
+// E exp(a dx_i) = sinh(a/2) / (a/2) <= exp(a^2 / 24), in units, the sum of dx_i w_i is sub-Gaussian with variance factor
+// |w|^2 / 12, and the factors of the two terms add up: by Chernoff's bound, the chance that their sum is below
+// -z sqrt(s^2 |w|^2 + t^2 |x'|^2), where s and t are the units, is at most exp(-6 z^2).
 // kernels/screen.py chooses z; that anything is lost is then far less likely than that the memory fails.
 #pragma once
 
@@ -25,12 +26,10 @@ namespace {
 
 constexpr float INF = __builtin_inff();
 
-enum Stage : int32_t { SCREENED, EXACT };
-
 struct Candidate {
     float value, slack;
     int32_t latent;
-    Stage stage;
+    bool exact;  // the value is
 };
 
 struct Row {
@@ -55,10 +54,11 @@ struct Collector {
 };
 
 // What is known of a product's operands. Arrays of latents begin at the dictionary's first, arrays of rows at the
-// first of the collector's. The fields' order is that of `_Screen` in kernels/screen.py.
+// first of the collector's. The fields' order is that of `_ScreenStruct`
+// in kernels/screen.py.
 struct Screen {
     const float *bias, *norms, *errors;  // of each latent: bias, |w|, what its rounding may add
-    const float *scales;                 // of each latent: the worth of one unit of w' (int8; else null, as what follows)
+    const float *scales;                 // of each latent: the worth of one unit of w' (null without int8)
     const int8_t *bytes;                 // w'
     const int32_t *shifts;               // of each latent: what is to be added to its products
     const float *by_norm, *by_error;     // of each row: the factors of `norms` and `errors` in the slack

@@ -40,6 +40,7 @@ void pick_candidates(Collector &collector, int64_t first, int64_t width, int64_t
     // As few parts as there may be, as many as keep all threads busy.
     const int64_t late = collector.n - early, rounds = (late + threads * most - 1) / (threads * most);
     const int64_t rows = tile_rows((late + threads * rounds - 1) / (threads * rounds)) * TILE_ROWS;
+    float known = 0;
 #pragma omp parallel
     {
         const int64_t room = rows > few ? rows : few;
@@ -48,7 +49,7 @@ void pick_candidates(Collector &collector, int64_t first, int64_t width, int64_t
         typename Pick::State *states = new typename Pick::State[room]();
         const auto pick_from = [&](const int64_t *row, int64_t n) {
             const PackedRows packed(s.row_bytes, s.row_shifts, row, n, d);
-            for (int64_t i = 0; i < n; i++) pick.begin(picked[i], states[i], collector.rows[row[i]], row[i]);
+            for (int64_t i = 0; i < n; i++) pick.begin(picked[i], states[i], collector.rows[row[i]], row[i], known);
             for (int64_t at = first; at < end; at += TILE_LATENTS) {
                 const int64_t count = end - at < TILE_LATENTS ? end - at : TILE_LATENTS;
                 pack_latents(s.bytes + at * d, count, d, latents);
@@ -69,6 +70,8 @@ void pick_candidates(Collector &collector, int64_t first, int64_t width, int64_t
         };
 #pragma omp for schedule(dynamic, 1)
         for (int64_t start = 0; start < early; start += few) pick_from(order + start, few);
+#pragma omp single
+        known = pick.learnt(collector, order, early);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t start = early; start < collector.n; start += rows)
             pick_from(order + start, collector.n - start < rows ? collector.n - start : rows);

@@ -117,11 +117,10 @@ i64 UW_EXPORT(certain)(void *handle) {
 void UW_EXPORT(pick_topk)(void *handle, i64 m, i64 d, const void *screen, i64 k, i64 magnitude, float guess) {
     Collector &collector = *static_cast<Collector *>(handle);
     const Outliers outliers(SCREEN, m);
-    float lowest = INF;
     if (magnitude)
-        pick_candidates(collector, 0, m, d, SCREEN, PickLargest<true>{outliers, k, m, guess, &lowest});
+        pick_candidates(collector, 0, m, d, SCREEN, PickLargest<true>{outliers, k, m, guess});
     else
-        pick_candidates(collector, 0, m, d, SCREEN, PickLargest<false>{outliers, k, m, guess, &lowest});
+        pick_candidates(collector, 0, m, d, SCREEN, PickLargest<false>{outliers, k, m, guess});
 }
 
 void UW_EXPORT(pick_above)(void *handle, i64 first, i64 width, i64 d, const void *screen, const float *bounds,
@@ -152,10 +151,10 @@ void UW_EXPORT(scan_topk)(void *handle, const void *tile, i64 kind, i64 width, i
     });
 }
 
-i64 UW_EXPORT(finish_topk)(void *handle, const float *x, const float *weight, i64 m, i64 d, const void *screen, i64 k,
+void UW_EXPORT(finish_topk)(void *handle, const float *x, const float *weight, i64 m, i64 d, const void *screen, i64 k,
                            i64 magnitude, i64 guess, i64 *indices, float *values) {
     Collector &collector = *static_cast<Collector *>(handle);
-    return finish_topk(collector, x, weight, SCREEN, m, d, k, magnitude, guess, indices, values);
+    finish_topk(collector, x, weight, SCREEN, m, d, k, magnitude, guess, indices, values);
 }
 
 void UW_EXPORT(scan_above)(void *handle, const void *tile, i64 kind, i64 width, i64 first, const void *screen,

@@ -34,8 +34,8 @@ struct Adam {
     uint64_t seed;     // of the stochastic rounding, another one for each step
 };
 
-// What a product in low precision takes of a weight, or of its inputs, row by row. Pointers may be null, those to
-// images and their errors in pairs. The fields' order is that of `Images` in kernels/screen.py.
+// What a product in low precision takes of a weight, or of its inputs, row by row. Pointers may be null, those of
+// one kind of image together. The fields' order is that of `Images` in kernels/screen.py.
 struct Images {
     float *norms;           // |w|
     void *half;             // bf16 rows

@@ -99,7 +99,7 @@ struct Picked {
             store(open, (Vec)_mm512_maskz_compress_ps(which, (__m512)slack));
             _mm512_store_si512(latent, _mm512_maskz_compress_epi32(which, j));
             for (int l = 0; l < __builtin_popcount(which); l++)
-                row.at[row.count++] = {of[l], open[l], latent[l], SCREENED};
+                row.at[row.count++] = {of[l], open[l], latent[l], false};
         }
         count = 0;
     }

@@ -1,5 +1,5 @@
 // What is picked of tiles of int8 products, which fused.h makes: the largest of each row, what lies above bounds, the largest
-// of groups. The bounds are those of select.h.
+// of groups. The bounds are those of candidates.h.
 #pragma once
 
 #include "outliers.h"
@@ -54,8 +54,7 @@ template <bool MAGNITUDE>
 struct PickLargest {
     const Outliers &outliers;
     int64_t k, m;
-    float guess;    // as for scan_topk
-    float *lowest;  // floor over length, of the rows so far
+    float guess;  // as for scan_topk
     const Screen &s = outliers.usual;
     struct State {
         float cut;        // what a value has to reach
@@ -66,9 +65,17 @@ struct PickLargest {
     };
 
     bool learns() const { return guess < 1 && m >= 16 * k; }
-    void begin(Picked &picked, State &state, Row &row, int64_t i) const {
-        const float known = lowest_yet();
-        if (known > 0 && known < INF) row.floor = 0.95f * known * s.by_error[i];
+    // The lowest floor over length of the rows that are looked at first; 0 says nothing.
+    float learnt(const Collector &collector, const int64_t *first, int64_t count) const {
+        float lowest = INF;
+        for (int64_t t = 0; t < count; t++) {
+            const float reached = collector.rows[first[t]].floor / s.by_error[first[t]];
+            if (reached > 0 && reached < lowest) lowest = reached;
+        }
+        return lowest < INF ? lowest : 0;
+    }
+    void begin(Picked &picked, State &state, Row &row, int64_t i, float known) const {
+        if (known > 0) row.floor = 0.95f * known * s.by_error[i];
         state.cut = row.floor > -INF ? cut_for(row.floor, s, i) : -INF;
         state.limit = 2 * k + 128;
         picked.make_room(state.limit + 256);  // few rows ask for more
@@ -94,19 +101,6 @@ struct PickLargest {
                     states[r].limit = 2 * picked[r].count + 64;
                 picked[r].make_room(states[r].limit);
             });
-    }
-    float lowest_yet() const {
-        float known;
-#pragma omp atomic read
-        known = *lowest;
-        return known;
-    }
-    void learn(float reached) const {
-#pragma omp critical
-        if (reached < *lowest) {
-#pragma omp atomic write
-            *lowest = reached;
-        }
     }
     // Pick outliers that may reach the rows' floors as they are, and take them out of `halves`.
     void look_at_outliers(const int32_t *products, const Place &at, Latents *halves, uint32_t far, State *states) const {
@@ -136,7 +130,6 @@ struct PickLargest {
     }
     void end(Picked &picked, State &state, Row &row, int64_t i) const {
         tighten(picked, state, row, i);
-        if (learns() && picked.count >= k && row.floor / s.by_error[i] < lowest_yet()) learn(row.floor / s.by_error[i]);
         const Vec floor = all(row.floor);
         const auto move = [&](Picked &from) {
             from.move_to(
@@ -163,7 +156,8 @@ struct PickAbove {
     struct State {};
 
     bool learns() const { return false; }
-    void begin(Picked &picked, State &, Row &, int64_t) const { picked.make_room(256); }
+    float learnt(const Collector &, const int64_t *, int64_t) const { return 0; }
+    void begin(Picked &picked, State &, Row &, int64_t, float) const { picked.make_room(256); }
     void look(const int32_t *products, const Place &at, Picked *picked, State *) const {
         struct Half : Latents {
             Vec norms, errors, needed, bias_slack;
@@ -212,7 +206,8 @@ struct PickGroups {
     struct State {};
 
     bool learns() const { return false; }
-    void begin(Picked &picked, State &, Row &, int64_t) const { picked.make_room(4 * groups + 256); }
+    float learnt(const Collector &, const int64_t *, int64_t) const { return 0; }
+    void begin(Picked &picked, State &, Row &, int64_t, float) const { picked.make_room(4 * groups + 256); }
     void look(const int32_t *products, const Place &at, Picked *picked, State *) const {
         for (int h = 0; h < 2; h++) {
             const Latents l = at.half(s, h);

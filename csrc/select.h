@@ -82,14 +82,14 @@ void scan_topk(Collector &collector, const T *tile, int64_t width, int64_t first
             for (uint32_t hits = at_least(MAGNITUDE ? absolute(v) : v, bound); hits; hits &= hits - 1) {
                 const int64_t j = c + __builtin_ctz(hits);
                 const float x = p.at(j), slack = s.slack(i, first + j, x);
-                if (size_of(x, MAGNITUDE) + slack >= row.floor) row.push({x, slack, int32_t(first + j), SCREENED});
+                if (size_of(x, MAGNITUDE) + slack >= row.floor) row.push({x, slack, int32_t(first + j), false});
             }
         }
         float odd_rest = sum(odd);
         for (; c < width; c++) {
             const float x = p.at(c);
             odd_rest += x - x;
-            if (size_of(x, MAGNITUDE) >= cut) row.push({x, s.slack(i, first + c, x), int32_t(first + c), SCREENED});
+            if (size_of(x, MAGNITUDE) >= cut) row.push({x, s.slack(i, first + c, x), int32_t(first + c), false});
         }
         if (odd_rest != 0) row.finite = false;
         if (guess == 1 && row.count > 4 * k + 256) prune(row, k, MAGNITUDE, keys);
@@ -97,13 +97,12 @@ void scan_topk(Collector &collector, const T *tile, int64_t width, int64_t first
 }
 
 // Compute again in fp32 every candidate that may be among the k largest, and write these, in the order of their latents;
-// among equal values the lowest latents win. Returns how many rows' guessed floors turned out to be too high.
-inline int64_t finish_topk(Collector &collector, const float *x, const float *weight, const Screen &s, int64_t m,
+// among equal values the lowest latents win. Nothing is written of rows whose guessed floors turn out to be too high.
+inline void finish_topk(Collector &collector, const float *x, const float *weight, const Screen &s, int64_t m,
                            int64_t d, int64_t k, bool magnitude, bool guess, int64_t *indices, float *values) {
-    const auto exact = [](const Candidate &c) { return c.stage == EXACT; };
+    const auto exact = [](const Candidate &c) { return c.exact; };
     const auto any = [](const Candidate &) { return true; };
     if (guess) compute_all_exactly(collector, x, weight, m, d, s);
-    int64_t *wrong = new int64_t[collector.n]();
     for_rows(collector, [&](Row &row, int64_t i, Keys &keys) {
         if (!guess) {
             prune(row, k, magnitude, keys);
@@ -116,8 +115,7 @@ inline int64_t finish_topk(Collector &collector, const float *x, const float *we
                             [&](const Candidate &c) { return size_of(c.value, magnitude) + c.slack >= certain; });
         }
         const uint32_t last = kth_candidate(row, k, magnitude, false, keys, exact);
-        wrong[i] = guess && (row.count < k || of_key(last) < row.floor);
-        if (wrong[i]) return;
+        if (guess && (row.count < k || of_key(last) < row.floor)) return;
         int64_t ties = k;
         for (int64_t c = 0; c < keys.count; c++) ties -= keys.at[c] > last;
         // Whether the next one is taken would often be guessed wrong, so each is written down.
@@ -131,10 +129,6 @@ inline int64_t finish_topk(Collector &collector, const float *x, const float *we
             ties -= tied;
         }
     });
-    int64_t failed = 0;
-    for (int64_t i = 0; i < collector.n; i++) failed += wrong[i];
-    delete[] wrong;
-    return failed;
 }
 
 // Look at a tile for everything that may lie above the bound of its latent.
@@ -158,7 +152,7 @@ void scan_above(Collector &collector, const T *tile, int64_t width, int64_t firs
             row.certain += __builtin_popcount(at_least(v - slack, load(bound + c)));
             for (uint32_t hits = at_least(v + slack, load(bound + c)); hits; hits &= hits - 1) {
                 const int64_t j = c + __builtin_ctz(hits);
-                row.push({p.at(j), 0, int32_t(first + j), SCREENED});
+                row.push({p.at(j), 0, int32_t(first + j), false});
             }
         }
         float odd_rest = sum(odd);
@@ -166,7 +160,7 @@ void scan_above(Collector &collector, const T *tile, int64_t width, int64_t firs
             const float v = p.at(c);
             odd_rest += v - v;
             row.certain += v - s.slack(i, first + c, v) >= bound[c];
-            if (v + s.slack(i, first + c, v) >= bound[c]) row.push({v, 0, int32_t(first + c), SCREENED});
+            if (v + s.slack(i, first + c, v) >= bound[c]) row.push({v, 0, int32_t(first + c), false});
         }
         if (odd_rest != 0) row.finite = false;
     }
@@ -201,7 +195,7 @@ void scan_groups(Collector &collector, const T *tile, int64_t width, int64_t fir
             }
             for (int64_t c = start; c < start + size; c++) {
                 const float v = p.at(c), slack = s.slack(i, first + c, v);
-                if (v + slack >= floor) collector.rows[i].push({v, slack, int32_t(first + c), SCREENED});
+                if (v + slack >= floor) collector.rows[i].push({v, slack, int32_t(first + c), false});
             }
         }
     }

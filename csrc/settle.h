@@ -12,14 +12,14 @@ void compute_exactly(Row &row, int64_t i, const float *x, const float *weight, i
     todo.reserve(row.count);
     for (int64_t c = 0; c < row.count; c++) {
         todo.at[todo.count] = c;
-        todo.count += (row.at[c].stage != EXACT) & bool(wanted(row.at[c]));
+        todo.count += (!row.at[c].exact) & bool(wanted(row.at[c]));
     }
     for (int64_t t = 0; t < todo.count; t++) {
         Candidate &now = row.at[todo.at[t]];
         const int64_t later = row.at[todo.at[t + AHEAD < todo.count ? t + AHEAD : t]].latent;
         now.value = dot(x + i * d, weight + now.latent * d, d, weight + later * d) + s.bias[now.latent];
         now.slack = 0;
-        now.stage = EXACT;
+        now.exact = true;
     }
 }
 
@@ -123,7 +123,7 @@ inline void compute_all_exactly(Collector &collector, const float *x, const floa
                 for (int c = 0; c < K; c++) {
                     now[c].value = values[c] + s.bias[now[c].latent];
                     now[c].slack = 0;
-                    now[c].stage = EXACT;
+                    now[c].exact = true;
                 }
             });
         });

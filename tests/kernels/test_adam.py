@@ -232,6 +232,23 @@ def test_shifts_turn_products_of_bytes_into_those_of_images(target, d):
     assert ((shifted - _undone(inputs) @ _undone(encoder).T).abs() <= 1.01).all()  # each is rounded
 
 
+def test_the_dither_is_nothing_that_data_are_made_of():
+    """Of any seed that somebody may choose, and whatever the default dtype is."""
+    before = torch.get_default_dtype()
+    screen._dithers.cache_clear()
+    try:
+        torch.set_default_dtype(torch.float64)
+        dithers = torch.stack(screen._dithers(256))
+    finally:
+        torch.set_default_dtype(before)
+        screen._dithers.cache_clear()
+    assert dithers.dtype == torch.float32
+    assert torch.equal(dithers, torch.stack(screen._dithers(256)))
+    assert dithers.abs().max() <= 0.5
+    drawn = torch.stack([torch.rand(1024, generator=torch.Generator().manual_seed(seed)) for seed in range(500)]) - 0.5
+    assert (drawn.unflatten(1, (4, 256)) @ dithers.T).abs().max() < 6 * 256**0.5 / 12  # a deviation is a sixth of it
+
+
 @pytest.mark.parametrize("value", [0.3, 1.0, 77.7])
 def test_what_rounding_to_int8_changes_knows_nothing_of_the_row(target, value):
     """Without dither all columns of a row of equal numbers would be off by the same, and their errors add up."""

@@ -37,7 +37,7 @@ _SIGNATURES = {  # p: pointer or None, i: int64, u: uint64, f: float, d: double;
     "pick_above": "piiippi",
     "pick_groups": "piipi",
     "scan_topk": "ppiiipiif",
-    "finish_topk": "pppiipiiipp:i",
+    "finish_topk": "pppiipiiipp",
     "scan_above": "ppiiipp",
     "finish_above": "pppiippp",
     "scan_groups": "ppiiipi",

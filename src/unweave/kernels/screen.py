@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import zlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,15 +22,16 @@ from unweave.kernels.scratch import scratch
 Precision = Literal["auto", "fp32", "bf16"]
 Kind = Literal["fp32", "bf16", "int8"]
 
-_COARSEST = 0.02
-"""Relative error of inputs above which int8 leaves too many candidates: a few large dimensions take its range."""
+_COARSEST = 0.2
+"""Unit of an int8 row, in root mean squares of the row, above which it leaves too many candidates: a few large
+dimensions take its range."""
 _UNITS = 2.65
-"""Units of an int8 row times the norm of another that the rounding of the one may change their product by, less than
-which would be exceeded with a chance of more than exp(-6 * 2.63**2) = 1e-18; the rest is rounding of the shifts."""
+"""By how many units of an int8 row, times the norm of another, rounding of the one may change their product. 2.63 leave
+a chance of exp(-6 * 2.63**2) = 1e-18 (csrc/candidates.h); what is above is for the rounding of shifts and sums."""
 _NARROWEST = 256
 """Width from which an int8 product saves more than its candidates cost."""
 _WIDEST = 2**30 // 128**2
-"""Width up to which two sums of an int8 product together fit into int32."""
+"""Width up to which an int8 product, its shifts and what its sums begin at fit into int32."""
 
 
 @functools.cache
@@ -60,7 +62,9 @@ def kind_of(precision: Precision, d: int) -> Kind:
 @functools.cache
 def _dithers(d: int) -> tuple[Tensor, Tensor]:
     """Random numbers between -1/2 and 1/2 for each column of an encoder's rows, and of inputs; always the same."""
-    encoder, inputs = torch.rand(2, d, generator=torch.Generator("cpu").manual_seed(5), device="cpu") - 0.5
+    # A seed that nobody's data or weights are made from: bounds hold for what is independent of these numbers.
+    own = torch.Generator("cpu").manual_seed(zlib.crc32(b"unweave: dither of int8 images"))
+    encoder, inputs = torch.rand(2, d, generator=own, dtype=torch.float32, device="cpu") - 0.5
     return encoder, inputs
 
 
@@ -151,9 +155,10 @@ def too_coarse(inputs: Images) -> bool:
     """Whether int8 images of inputs are of no use."""
     assert inputs.byte_scales is not None
     assert inputs.bytes is not None
-    rough = _UNITS * inputs.byte_scales > _COARSEST * inputs.norms
+    d = inputs.bytes.shape[1]
+    rough = inputs.byte_scales * d**0.5 > _COARSEST * inputs.norms
     # torch._int_mm leaves its result unwritten at width 1.
-    return inputs.bytes.shape[1] == 1 or bool(rough.sum() > len(rough) / 8)
+    return d == 1 or bool(rough.sum() > len(rough) / 8)
 
 
 class Screening:

@@ -237,7 +237,7 @@ class Trainee:
         return StepSums(n, made.squared_error, variance, made.l0, made.loss * n, grad_norm * n)
 
     def _scaled(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
-        """Activations at the scale of training, in memory of their own."""
+        """Activations at the scale of training, not in the memory of `x`; valid until the next step of any SAE."""
         x = x.detach().to(self.sae.dtype)
         if self.normalization is not None:
             return self.normalization(x)
