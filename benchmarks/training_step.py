@@ -31,6 +31,8 @@ SHAPES = ("768x12288", "768x24576", "384x6144")
 DEAD = (0.01, 0.1, 0.3)
 OURS, BASELINE = "unweave", "sae-lens"
 LIMIT = 20 << 30
+ALONE = 3
+"""Times as many rounds for our own step and its product, which take little time."""
 
 
 class Peaks(NamedTuple):
@@ -41,16 +43,19 @@ class Peaks(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What was measured for a case: seconds of a step by library, of the product by precision, and bytes."""
+    """What was measured for a case: seconds of a step by library, and bytes.
+
+    `alone` has our step and the products "bf16" and "fp32", with no other library's steps between them.
+    """
 
     case: Case
     steps: dict[str, float]
-    products: dict[str, float]
+    alone: dict[str, float]
     extra_memory: float
 
 
-def contest(case: Case, names: Sequence[str], rounds: int) -> dict[str, float]:
-    """Median seconds of each library's step, and of the products "bf16" and "fp32", in turn."""
+def contest(case: Case, names: Sequence[str], rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of each library's step in turn, and of our step and the products in turn."""
     problem = make_problem(case)
     contestants: dict[str, Contestant] = {OURS: ours.make(problem)}
     for name in names:
@@ -59,22 +64,23 @@ def contest(case: Case, names: Sequence[str], rounds: int) -> dict[str, float]:
     for contestant in contestants.values():
         contestant.check(problem)
     functions: dict[str, Callable[[Tensor], object]] = {name: c.step for name, c in contestants.items()}
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        functions[name] = measure.product(problem.batches[0], problem.W, dtype)
     times = measure.medians(functions, problem.batches, rounds)
+    alone = {OURS: functions[OURS]}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        alone[name] = measure.product(problem.batches[0], problem.W, dtype)
+    by_itself = measure.medians(alone, problem.batches, ALONE * rounds)
     if case.frozen:
         for contestant in contestants.values():
             contestant.check(problem)
-    return times
+    return times, by_itself
 
 
 def run(case: Case, names: Sequence[str], rounds: int) -> Row:
     """Measure a case."""
     print(f"{case}, {case.shape} ...", file=sys.stderr, flush=True)
-    times = contest(case, names, rounds)
+    steps, alone = contest(case, names, rounds)
     gc.collect()
-    products = {name: times.pop(name) for name in ("bf16", "fp32")}
-    return Row(case, times, products, ours.in_fresh_process(ours.memory, case)["extra"])
+    return Row(case, steps, alone, ours.in_fresh_process(ours.memory, case)["extra"])
 
 
 def cases(kinds: Sequence[str], shapes: Sequence[str], batch: int, k: int, l0: float) -> list[Case]:
@@ -125,11 +131,11 @@ def product_table(rows: Sequence[Row], peaks: Peaks) -> str:
     """Our step beside its encoder product and the machine's limits."""
     lines = []
     for row in rows:
-        case, step = row.case, row.steps[OURS]
+        case, step = row.case, row.alone[OURS]
         flops = 2 * case.batch * case.d_in * case.d_sae
         lines.append([
-            str(case), case.shape, ms(row.steps, OURS), ms(row.products, "bf16"), ms(row.products, "fp32"),
-            f"{step / row.products['bf16']:.2f}×", f"{flops / step / peaks.bf16:.0%}",
+            str(case), case.shape, *(ms(row.alone, name) for name in (OURS, "bf16", "fp32")),
+            f"{step / row.alone['bf16']:.2f}×", f"{flops / step / peaks.bf16:.0%}",
             f"{row.extra_memory / (4 * case.batch * case.d_sae):.2f}",
         ])  # fmt: skip
     heading = ["case", "shape", "step", "bf16 product", "fp32 product", "step / bf16 product", "of bf16 peak", "memory"]
@@ -214,13 +220,15 @@ def main() -> None:
     # A product of this benchmark may beat the square ones.
     for row in rows:
         flops = 2 * row.case.batch * row.case.d_in * row.case.d_sae
-        peaks = Peaks(max(peaks.bf16, flops / row.products["bf16"]), max(peaks.fp32, flops / row.products["fp32"]))
+        peaks = Peaks(max(peaks.bf16, flops / row.alone["bf16"]), max(peaks.fp32, flops / row.alone["fp32"]))
     parts = [
         *intro,
         f"Batch {args.batch}; medians of {args.rounds} interleaved steps, in ms. Best matrix products: "
         f"{peaks.bf16 / 1e9:.0f} GFLOP/s in bf16, {peaks.fp32 / 1e9:.0f} in fp32.",
         step_table(rows, args.peers),
-        "unweave's step beside its encoder product alone (row chunks of 512, one reused buffer). *of bf16 peak*: the "
+        "unweave's step beside its encoder product alone (row chunks of 512, one reused buffer), medians of "
+        f"{ALONE * args.rounds} in turn, with no other library's steps between them, which would empty the caches as "
+        "nothing in a training run does. *of bf16 peak*: the "
         "FLOPs of that product over the time of the whole step. *memory*: peak of a step in a fresh process beyond "
         "weights, gradients, moments and the batch, as a share of one fp32 (batch, d_sae) tensor.",
         product_table(rows, peaks),
