@@ -42,6 +42,20 @@ def _fused(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("for this instruction set PyTorch makes the products")
 
 
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each selection is of, those that are made again among them."""
+    rows: list[int] = []
+    collector = Collector.__init__
+
+    def watched(self: Collector, n: int) -> None:
+        rows.append(n)
+        collector(self, n)
+
+    monkeypatch.setattr(Collector, "__init__", watched)
+    return rows
+
+
 def both(x: Tensor, W: Tensor, bias: Tensor, spec: Spec) -> Selection:
     """What is found with the kernels' own products, which must be what PyTorch's lead to, bit for bit."""
     found = encode_select(x, W, bias, spec)
@@ -179,17 +193,9 @@ def test_an_outlier_leaves_few_others_in_question(monkeypatch, length):
 
 
 @pytest.mark.parametrize("own_products", [True, False])
-def test_only_rows_with_a_wrong_guess_are_computed_again(monkeypatch, own_products):
+def test_only_rows_with_a_wrong_guess_are_computed_again(monkeypatch, made, own_products):
     """Floors that are put where they are seen are too high for some rows."""
     monkeypatch.setattr(encode, "_GUESS", 0.0)
-    made: list[int] = []
-    collector = Collector.__init__
-
-    def watched(self, n):
-        made.append(n)
-        collector(self, n)
-
-    monkeypatch.setattr(Collector, "__init__", watched)
     if not own_products:
         monkeypatch.setattr(cpu, "picks", lambda: False)
     x, rows = torch.randn(300, 100), torch.randn(400, 100)
@@ -201,10 +207,7 @@ def test_only_rows_with_a_wrong_guess_are_computed_again(monkeypatch, own_produc
     assert 0 < made[1] < 300
 
 
-def test_what_was_guessed_hardly_ever_fails(monkeypatch):
-    made: list[int] = []
-    collector = Collector.__init__
-    monkeypatch.setattr(Collector, "__init__", lambda self, n: (made.append(n), collector(self, n))[1])
+def test_what_was_guessed_hardly_ever_fails(made):
     x, rows = torch.randn(2000, 256), torch.randn(1000, 256)
     encode_select(x, rows.T, torch.zeros(1000), Largest(8))
     assert made[0] == 2000
@@ -213,11 +216,8 @@ def test_what_was_guessed_hardly_ever_fails(monkeypatch):
 
 @pytest.mark.parametrize("share", [0.0, 0.002, 0.3, 0.998, 1.0])
 @pytest.mark.parametrize("magnitude", [False, True])
-def test_what_other_rows_reach_only_decides_how_fast_it_is(monkeypatch, share, magnitude):
+def test_what_other_rows_reach_only_decides_how_fast_it_is(made, share, magnitude):
     """Rows begin at what the first ones reach, for their length; some rows reach far less."""
-    made: list[int] = []
-    collector = Collector.__init__
-    monkeypatch.setattr(Collector, "__init__", lambda self, n: (made.append(n), collector(self, n))[1])
     x, rows, bias = torch.randn(3000, 40), torch.randn(600, 40), 0.1 * torch.randn(600)
     rows[:, 20:] = 0
     x[torch.rand(3000) < share, :20] *= 0.2
