@@ -10,8 +10,18 @@ inline void put(bf16 *p, Vec v) { store_rounded(p, v); }
 inline void put_one(float *p, float v) { *p = v; }
 inline void put_one(bf16 *p, float v) { *p = rounded(v); }
 
-// A thread works on its own columns, row after row, so column sums have one order.
-constexpr int64_t COLUMNS = 512;
+constexpr int64_t COLUMNS = 512;  // a thread works on its own, row after row, so column sums have one order
+
+// into += halves. PyTorch would make a copy of them in fp32 first.
+void add_halves(float *into, const bf16 *halves, int64_t n) {
+#pragma omp parallel for schedule(static)
+    for (int64_t start = 0; start < n; start += COLUMNS) {
+        const int64_t end = start + COLUMNS < n ? start + COLUMNS : n;
+        int64_t c = start;
+        for (; c + LANES <= end; c += LANES) store(into + c, load(into + c) + load(halves + c));
+        for (; c < end; c++) into[c] += value(halves[c]);
+    }
+}
 
 // codes = pre where pre > theta, else 0. Adds to `active` how often each latent is, and to `sums` its codes. Returns
 // whether all of `pre` is finite.

@@ -17,14 +17,14 @@ inline void spread_first(int64_t *order, int64_t n, int64_t some) {
     }
 }
 
-// Make the products of all rows with `width` latents from `first` on, and let `pick` look at each.
+// Make the products of all rows with some latents, and let `pick` look at each.
 //
-// A thread has its own rows, so that candidates come in the order of their latents and no row is shared. It packs 32
-// latents, which then stay in the first level of the cache, and sends its rows past them.
+// A thread has its own rows, so that candidates come in the order of their latents and no row is shared. 32 packed latents
+// stay in the first level of the cache while it sends its rows past them.
 template <class Pick>
-void pick_candidates(Collector &collector, int64_t first, int64_t width, int64_t d, const Screen &s, const Pick &pick) {
+void pick_candidates(Collector &collector, const PackedLatents &latents, const Screen &s, const Pick &pick) {
     constexpr int64_t BYTES = 1 << 19;  // of a part's rows, which are to stay in the second level of the cache
-    const int64_t end = first + width;
+    const int64_t d = latents.d, tiles = latents.tiles();
     int64_t most = BYTES / d / TILE_ROWS * TILE_ROWS;
     most = most < 4 * TILE_ROWS ? 4 * TILE_ROWS : most;
 #if defined(_OPENMP)
@@ -44,30 +44,29 @@ void pick_candidates(Collector &collector, int64_t first, int64_t width, int64_t
 #pragma omp parallel
     {
         const int64_t room = rows > few ? rows : few;
-        int32_t *latents = aligned<int32_t>(TILE_LATENTS * fours(d));
         Picked *picked = new Picked[room]();
         typename Pick::State *states = new typename Pick::State[room]();
         const auto pick_from = [&](const int64_t *row, int64_t n) {
             const PackedRows packed(s.row_bytes, s.row_shifts, row, n, d);
             for (int64_t i = 0; i < n; i++) pick.begin(picked[i], states[i], collector.rows[row[i]], row[i], known);
-            for (int64_t at = first; at < end; at += TILE_LATENTS) {
-                const int64_t count = end - at < TILE_LATENTS ? end - at : TILE_LATENTS;
-                pack_latents(s.bytes + at * d, count, d, latents);
+            for (int64_t t = 0; t < tiles; t++) {
                 alignas(64) int32_t shifts[TILE_LATENTS] = {};
-                std::memcpy(shifts, s.shifts + at, count * sizeof(int32_t));
-                const int8_t *next = s.bytes + (at + TILE_LATENTS) * d, *last = next + TILE_LATENTS * d;
-                last = last < s.bytes + end * d ? last : s.bytes + end * d;
+                std::memcpy(shifts, s.shifts + latents.latent(t), latents.count(t) * sizeof(int32_t));
+                const int32_t *next = latents.tile(t + 1), *last = t + 1 < tiles ? next + latents.tile_size() : next;
                 for (int64_t i = 0; i < n; i += TILE_ROWS) {
-                    for (int64_t l = 0; l < d * TILE_LATENTS; l += 64 * 43)
-                        if (next < last) _mm_prefetch(next, _MM_HINT_T1), next += 64;
+                    for (int64_t l = 0; l < latents.tile_size(); l += LANES * 43)
+                        if (next < last) _mm_prefetch(next, _MM_HINT_T1), next += LANES;
                     alignas(64) int32_t products[TILE_ROWS * TILE_LATENTS];
-                    multiply(packed.at + i / TILE_ROWS * packed.stride, latents, shifts, fours(d), products);
-                    const Place place{row + i, n - i < TILE_ROWS ? n - i : TILE_ROWS, at, end, collector};
+                    multiply(packed.at + i / TILE_ROWS * packed.stride, latents.tile(t), shifts, fours(d), products);
+                    const int64_t there = n - i < TILE_ROWS ? n - i : TILE_ROWS;
+                    const Place place{row + i, there, latents.latent(t), latents.end(), collector};
                     pick.look(products, place, picked + i, states + i);
                 }
             }
             for (int64_t i = 0; i < n; i++) pick.end(picked[i], states[i], collector.rows[row[i]], row[i]);
         };
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tiles; t++) latents.pack(s.bytes, t);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t start = 0; start < early; start += few) pick_from(order + start, few);
 #pragma omp single
@@ -76,7 +75,6 @@ void pick_candidates(Collector &collector, int64_t first, int64_t width, int64_t
         for (int64_t start = early; start < collector.n; start += rows)
             pick_from(order + start, collector.n - start < rows ? collector.n - start : rows);
         for (int64_t i = 0; i < room; i++) std::free(picked[i].values);
-        std::free(latents);
         delete[] states;
         delete[] picked;
     }

@@ -9,6 +9,7 @@
 #include "optimizer.h"
 #include "select.h"
 #include "sparse.h"
+#include "squared_error.h"
 
 #define JOIN3(a, b, c) a##b##_##c
 #define JOIN2(a, b, c) JOIN3(a, b, c)
@@ -18,6 +19,7 @@ typedef int64_t i64;
 typedef void *Handle;
 
 #define SCREEN (*static_cast<const Screen *>(screen))
+#define COLLECTOR (*static_cast<Collector *>(handle))
 
 namespace {
 template <class Do>
@@ -44,6 +46,10 @@ void UW_EXPORT(transpose)(const i64 *indices, const i64 *offsets, i64 n, i64 m, 
     transpose(indices, offsets, n, m, order, rows, ends);
 }
 
+void UW_EXPORT(sum_by_latent)(const i64 *order, const i64 *ends, i64 m, const float *values, float *out) {
+    sum_by_latent(order, ends, m, values, out);
+}
+
 void UW_EXPORT(scatter_outer)(const i64 *latents, i64 count, const i64 *order, const i64 *rows, const i64 *ends,
                               const float *values, const float *x, i64 d, i64 rows_per_x, const float *start,
                               const i64 *start_slot, const float *weight, const float *along, i64 project, float *out,
@@ -54,6 +60,10 @@ void UW_EXPORT(scatter_outer)(const i64 *latents, i64 count, const i64 *order, c
 
 void UW_EXPORT(sum_rows)(const float *weights, const float *x, i64 n, i64 d, i64 stride, float *out) {
     sum_rows(weights, x, n, d, stride, out);
+}
+
+double UW_EXPORT(squared_distances)(const float *x, i64 n, i64 d, const float *from) {
+    return squared_distances(x, n, d, from);
 }
 
 // The sum of n values, one after the other.
@@ -73,7 +83,7 @@ void UW_EXPORT(keep_largest)(void *tile, i64 half, i64 n, i64 width, i64 k) {
 void UW_EXPORT(squared_error_rows)(const i64 *indices, const float *values, const i64 *offsets, i64 n, i64 P,
                                    const float *scales, const float *weight, const float *bias, const float *x, i64 d,
                                    float *errors, float *grad, float *residual, float *code_grad) {
-    squared_error_rows(indices, values, offsets, n, P, scales, weight, bias, x, d, errors, grad, residual, code_grad);
+    SquaredErrors{indices, values, offsets, n, P, scales, weight, bias, x, d, errors, grad, residual, code_grad}.all_rows();
 }
 
 void UW_EXPORT(images)(const float *weight, i64 m, i64 d, const void *into) {
@@ -96,7 +106,7 @@ void UW_EXPORT(discard)(void *handle) {
 
 // The first row on which a pre-activation was NaN or infinite; -1 if there is none.
 i64 UW_EXPORT(not_finite)(void *handle) {
-    const Collector &collector = *static_cast<Collector *>(handle);
+    const Collector &collector = COLLECTOR;
     for (i64 i = 0; i < collector.n; i++)
         if (!collector.rows[i].finite) return i;
     return -1;
@@ -104,7 +114,7 @@ i64 UW_EXPORT(not_finite)(void *handle) {
 
 // How many entries are above their bounds for certain.
 i64 UW_EXPORT(certain)(void *handle) {
-    const Collector &collector = *static_cast<Collector *>(handle);
+    const Collector &collector = COLLECTOR;
     i64 total = 0;
     for (i64 i = 0; i < collector.n; i++) total += collector.rows[i].certain;
     return total;
@@ -112,29 +122,30 @@ i64 UW_EXPORT(certain)(void *handle) {
 
 #if defined(UW_INT8_PRODUCTS)
 
-// The scans of tiles below with the int8 product made in them: of all latents, or of `width` of them. Only for processors
-// that have an instruction for it.
-void UW_EXPORT(pick_topk)(void *handle, i64 m, i64 d, const void *screen, i64 k, i64 magnitude, float guess) {
-    Collector &collector = *static_cast<Collector *>(handle);
-    const Outliers outliers(SCREEN, m);
+// The scans of tiles below with the int8 product made in them, of `width` latents from `first` on, which is 0 but for
+// pick_above; `packed` has room for these latents. Only for processors that have an instruction for it.
+void UW_EXPORT(pick_topk)(void *handle, i64 first, i64 width, i64 d, const void *screen, void *packed, i64 k,
+                          i64 magnitude, float guess) {
+    const Outliers outliers(SCREEN, width);
+    const PackedLatents latents{first, width, d, static_cast<int32_t *>(packed)};
     if (magnitude)
-        pick_candidates(collector, 0, m, d, SCREEN, PickLargest<true>{outliers, k, m, guess});
+        pick_candidates(COLLECTOR, latents, SCREEN, PickLargest<true>{outliers, k, width, guess});
     else
-        pick_candidates(collector, 0, m, d, SCREEN, PickLargest<false>{outliers, k, m, guess});
+        pick_candidates(COLLECTOR, latents, SCREEN, PickLargest<false>{outliers, k, width, guess});
 }
 
-void UW_EXPORT(pick_above)(void *handle, i64 first, i64 width, i64 d, const void *screen, const float *bounds,
-                           i64 count_certain) {
+void UW_EXPORT(pick_above)(void *handle, i64 first, i64 width, i64 d, const void *screen, void *packed,
+                           const float *bounds, i64 count_certain) {
     const PickAbove pick{SCREEN, bounds, count_certain != 0};
-    pick_candidates(*static_cast<Collector *>(handle), first, width, d, SCREEN, pick);
+    pick_candidates(COLLECTOR, {first, width, d, static_cast<int32_t *>(packed)}, SCREEN, pick);
 }
 
-void UW_EXPORT(pick_groups)(void *handle, i64 m, i64 d, const void *screen, i64 size) {
-    Collector &collector = *static_cast<Collector *>(handle);
-    const i64 groups = m / size;
-    float *floors = static_cast<float *>(std::malloc(collector.n * groups * sizeof(float)));
-    for (i64 i = 0; i < collector.n * groups; i++) floors[i] = -INF;
-    pick_candidates(collector, 0, m, d, SCREEN, PickGroups{SCREEN, size, groups, floors});
+void UW_EXPORT(pick_groups)(void *handle, i64 first, i64 width, i64 d, const void *screen, void *packed, i64 size) {
+    const i64 cells = COLLECTOR.n * (width / size);
+    float *floors = static_cast<float *>(std::malloc(cells * sizeof(float)));
+    for (i64 i = 0; i < cells; i++) floors[i] = -INF;
+    const PickGroups pick{SCREEN, size, width / size, floors};
+    pick_candidates(COLLECTOR, {first, width, d, static_cast<int32_t *>(packed)}, SCREEN, pick);
     std::free(floors);
 }
 
@@ -145,40 +156,44 @@ void UW_EXPORT(scan_topk)(void *handle, const void *tile, i64 kind, i64 width, i
                           i64 magnitude, float guess) {
     with_products(tile, kind, [&](const auto *products) {
         if (magnitude)
-            scan_topk<true>(*static_cast<Collector *>(handle), products, width, first, SCREEN, k, guess);
+            scan_topk<true>(COLLECTOR, products, width, first, SCREEN, k, guess);
         else
-            scan_topk<false>(*static_cast<Collector *>(handle), products, width, first, SCREEN, k, guess);
+            scan_topk<false>(COLLECTOR, products, width, first, SCREEN, k, guess);
     });
 }
 
 void UW_EXPORT(finish_topk)(void *handle, const float *x, const float *weight, i64 m, i64 d, const void *screen, i64 k,
                            i64 magnitude, i64 guess, i64 *indices, float *values) {
-    Collector &collector = *static_cast<Collector *>(handle);
+    Collector &collector = COLLECTOR;
     finish_topk(collector, x, weight, SCREEN, m, d, k, magnitude, guess, indices, values);
 }
 
 void UW_EXPORT(scan_above)(void *handle, const void *tile, i64 kind, i64 width, i64 first, const void *screen,
                            const float *bounds) {
     with_products(tile, kind, [&](const auto *products) {
-        scan_above(*static_cast<Collector *>(handle), products, width, first, SCREEN, bounds);
+        scan_above(COLLECTOR, products, width, first, SCREEN, bounds);
     });
 }
 
 void UW_EXPORT(finish_above)(void *handle, const float *x, const float *weight, i64 m, i64 d, const void *screen,
                              const float *bounds, i64 *counts) {
-    finish_above(*static_cast<Collector *>(handle), x, weight, SCREEN, m, d, bounds, counts);
+    finish_above(COLLECTOR, x, weight, SCREEN, m, d, bounds, counts);
 }
 
 void UW_EXPORT(scan_groups)(void *handle, const void *tile, i64 kind, i64 width, i64 first, const void *screen,
                             i64 size) {
     with_products(tile, kind, [&](const auto *products) {
-        scan_groups(*static_cast<Collector *>(handle), products, width, first, SCREEN, size);
+        scan_groups(COLLECTOR, products, width, first, SCREEN, size);
     });
 }
 
 void UW_EXPORT(finish_groups)(void *handle, const float *x, const float *weight, i64 d, const void *screen, i64 groups,
                               i64 size, i64 *indices, float *values) {
-    finish_groups(*static_cast<Collector *>(handle), x, weight, SCREEN, d, groups, size, indices, values);
+    finish_groups(COLLECTOR, x, weight, SCREEN, d, groups, size, indices, values);
+}
+
+void UW_EXPORT(add_halves)(float *into, const void *halves, i64 n) {
+    add_halves(into, static_cast<const bf16 *>(halves), n);
 }
 
 i64 UW_EXPORT(dense_codes)(const void *pre, i64 half, i64 n, i64 m, const float *theta, void *codes, float *active,
@@ -205,7 +220,7 @@ void UW_EXPORT(largest_of_batch)(i64 *counts, i64 rows, i64 *indices, float *val
 
 // Copy the kept candidates out, row after row.
 void UW_EXPORT(take)(void *handle, i64 *indices, float *values) {
-    const Collector &collector = *static_cast<Collector *>(handle);
+    const Collector &collector = COLLECTOR;
     for (i64 i = 0; i < collector.n; i++)
         for (i64 c = 0; c < collector.rows[i].count; c++) {
             *indices++ = collector.rows[i].at[c].latent;

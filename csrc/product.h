@@ -20,12 +20,6 @@ constexpr int TILE_ROWS = 12, TILE_LATENTS = 2 * LANES;
 inline int64_t fours(int64_t d) { return (d + 3) / 4; }
 inline int64_t tile_rows(int64_t n) { return (n + TILE_ROWS - 1) / TILE_ROWS; }
 
-template <class T>
-T *aligned(int64_t count) {
-    const int64_t bytes = (count * int64_t(sizeof(T)) + 63) / 64 * 64;
-    return static_cast<T *>(std::aligned_alloc(64, bytes));
-}
-
 // Some rows as a tile takes them: of TILE_ROWS rows first what their sums begin at, `shifts` among it, then four bytes of each,
 // the next four of each, and so on. What is missing in the last tile is 0.
 struct PackedRows {
@@ -91,6 +85,20 @@ inline void pack_latents(const int8_t *bytes, int64_t count, int64_t d, int32_t 
         }
     }
 }
+
+// `width` latents from `first` on as tiles take them, one tile after the other.
+struct PackedLatents {
+    int64_t first, width, d;
+    int32_t *at;  // room for them all, which is not this struct's
+
+    int64_t end() const { return first + width; }
+    int64_t tiles() const { return (width + TILE_LATENTS - 1) / TILE_LATENTS; }
+    int64_t tile_size() const { return TILE_LATENTS * fours(d); }
+    int64_t latent(int64_t tile) const { return first + tile * TILE_LATENTS; }
+    int64_t count(int64_t tile) const { return end() - latent(tile) < TILE_LATENTS ? end() - latent(tile) : TILE_LATENTS; }
+    int32_t *tile(int64_t tile) const { return at + tile * tile_size(); }
+    void pack(const int8_t *bytes, int64_t t) const { pack_latents(bytes + latent(t) * d, count(t), d, tile(t)); }
+};
 
 // out[TILE_ROWS][TILE_LATENTS] = the products of packed rows and packed latents, and the latents' shifts.
 inline void multiply(const int32_t *rows, const int32_t *latents, const int32_t *shifts, int64_t fours, int32_t *out) {

@@ -59,30 +59,49 @@ void sddmm(const int64_t *indices, const int64_t *offsets, int64_t n, const floa
         }
 }
 
-// The entries latent by latent, within a latent in the order of the rows. Each thread places the latents of its own
-// range, so nothing is shared and the result does not depend on the number of threads.
+// The entries latent by latent, within a latent in the order of the rows. Each part of the rows counts its own entries of
+// each latent, and so knows where they belong; the result is the same whatever the parts are.
 void transpose(const int64_t *indices, const int64_t *offsets, int64_t n, int64_t m, int64_t *order, int64_t *rows,
                int64_t *ends) {
-    std::memset(ends, 0, (m + 1) * sizeof(int64_t));
-    const int64_t nnz = offsets[n];
-    for (int64_t e = 0; e < nnz; e++) ends[indices[e] + 1]++;
-    for (int64_t j = 0; j < m; j++) ends[j + 1] += ends[j];
-    constexpr int64_t PARTS = 16;  // fixed, so that any number of threads does the same
-    int64_t *next = new int64_t[m];
-    std::memcpy(next, ends, m * sizeof(int64_t));
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t part = 0; part < (nnz < 200000 ? 1 : PARTS); part++) {
-        const int64_t parts = nnz < 200000 ? 1 : PARTS;
-        const int64_t first = m * part / parts, last = m * (part + 1) / parts;
-        for (int64_t i = 0; i < n; i++)
-            for (int64_t e = offsets[i]; e < offsets[i + 1]; e++) {
-                const int64_t j = indices[e];
-                if (j < first || j >= last) continue;
-                order[next[j]] = e;
-                rows[next[j]++] = i;
-            }
+    int64_t parts = 1 + offsets[n] / (m + 1);  // counting is to be the smaller part of the work
+#if defined(_OPENMP)
+    parts = parts < omp_get_max_threads() ? parts : omp_get_max_threads();
+#else
+    parts = 1;
+#endif
+    int64_t *places = new int64_t[parts * m]();
+    const auto first_row = [=](int64_t part) { return n * part / parts; };
+#pragma omp parallel for schedule(static)
+    for (int64_t part = 0; part < parts; part++)
+        for (int64_t e = offsets[first_row(part)]; e < offsets[first_row(part + 1)]; e++) places[part * m + indices[e]]++;
+    ends[0] = 0;
+    for (int64_t j = 0; j < m; j++) {
+        ends[j + 1] = ends[j];
+        for (int64_t part = 0; part < parts; part++) {
+            const int64_t count = places[part * m + j];
+            places[part * m + j] = ends[j + 1];
+            ends[j + 1] += count;
+        }
     }
-    delete[] next;
+#pragma omp parallel for schedule(static)
+    for (int64_t part = 0; part < parts; part++)
+        for (int64_t i = first_row(part); i < first_row(part + 1); i++)
+            for (int64_t e = offsets[i]; e < offsets[i + 1]; e++) {
+                const int64_t place = places[part * m + indices[e]]++;
+                order[place] = e;
+                rows[place] = i;
+            }
+    delete[] places;
+}
+
+// The sum of each latent's values, in the order of its entries.
+void sum_by_latent(const int64_t *order, const int64_t *ends, int64_t m, const float *values, float *out) {
+#pragma omp parallel for schedule(static)
+    for (int64_t j = 0; j < m; j++) {
+        double sum = 0;
+        for (int64_t e = ends[j]; e < ends[j + 1]; e++) sum += values[order[e]];
+        out[j] = float(sum);
+    }
 }
 
 // What a row of a weight's gradient has beside its sum over tokens. Pointers may be null.
@@ -110,21 +129,17 @@ void scatter_outer(const int64_t *latents, int64_t count, const int64_t *order, 
         else
             std::memcpy(row, extra.start + slot * d, d * sizeof(float));
         int64_t c = 0;
-        const auto sum_columns = [&](auto vectors) {
-            constexpr int N = decltype(vectors)::value;
-            for (; first < last && c + N * LANES <= d; c += N * LANES) {
-                Vec t[N];
-                for (int i = 0; i < N; i++) t[i] = load(row + c + i * LANES);
-                for (int64_t e = first; e < last; e++) {
-                    const float *source = x + rows[e] / rows_per_x * d + c;
-                    const Vec v = all(values[order[e]]);
-                    for (int i = 0; i < N; i++) t[i] += v * load(source + i * LANES);
-                }
-                for (int i = 0; i < N; i++) store(row + c + i * LANES, t[i]);
+        constexpr int N = 8;  // vectors of columns, whose sums stay in registers
+        for (; first < last && c + N * LANES <= d; c += N * LANES) {
+            Vec t[N];
+            for (int i = 0; i < N; i++) t[i] = load(row + c + i * LANES);
+            for (int64_t e = first; e < last; e++) {
+                const float *source = x + rows[e] / rows_per_x * d + c;
+                const Vec v = all(values[order[e]]);
+                for (int i = 0; i < N; i++) t[i] += v * load(source + i * LANES);
             }
-        };
-        sum_columns(std::integral_constant<int, 16>());
-        sum_columns(std::integral_constant<int, 8>());
+            for (int i = 0; i < N; i++) store(row + c + i * LANES, t[i]);
+        }
         for (int64_t e = first; c < d && e < last; e++)
             add1(row + c, x + rows[e] / rows_per_x * d + c, values[order[e]], d - c);
         if (extra.along && extra.along[j] != 0) add1(row, extra.weight + j * d, extra.along[j], d);
@@ -148,55 +163,33 @@ void sum_rows(const float *weights, const float *x, int64_t n, int64_t d, int64_
     delete[] partial;
 }
 
-// One row after the other: decode, residual, loss, gradient of the output and gradient of every code, while the row's
-// decoder rows are in cache. A row's entries come in P groups (prefixes of a Matryoshka dictionary; P = 1 otherwise),
-// bounded by `offsets` (n * P + 1); the reconstruction of prefix p is what groups 0 to p decode to.
-//
-//   errors  (n, P)     squared norm of each prefix' residual
-//   grad    (n * P, d) for group p, the sum over q >= p of scales[q] * residual of prefix q: the gradient that the
-//                      entries of group p see
-//   residual (n, d)    target minus the last prefix' reconstruction, if not null
-//   code_grad (nnz)    gradient of each code
-void squared_error_rows(const int64_t *indices, const float *values, const int64_t *offsets, int64_t n, int64_t P,
-                        const float *scales, const float *weight, const float *bias, const float *x, int64_t d,
-                        float *errors, float *grad, float *residual, float *code_grad) {
-#pragma omp parallel
-    {
-        float *made = new float[d];
-#pragma omp for schedule(dynamic, 16)
-        for (int64_t i = 0; i < n; i++) {
-            const float *target = x + i * d;
-            std::memcpy(made, bias, d * sizeof(float));
-            for (int64_t p = 0; p < P; p++) {
-                const int64_t first = offsets[i * P + p], last = offsets[i * P + p + 1];
-                add_rows(made, indices + first, values + first, last - first, weight, d);
-                float *g = grad + (i * P + p) * d;
+// The sum of the rows' squared distances from a point, or from 0 if it is null, over blocks of a fixed size as well.
+double squared_distances(const float *x, int64_t n, int64_t d, const float *from) {
+    constexpr int64_t BLOCK = 256, COLUMNS_AT_ONCE = 4096;
+    const int64_t blocks = (n + BLOCK - 1) / BLOCK;
+    double *partial = new double[blocks]();
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int64_t b = 0; b < blocks; b++)
+        for (int64_t i = b * BLOCK; i < n && i < (b + 1) * BLOCK; i++)
+            for (int64_t c = 0, end; c < d; c = end) {
+                end = c + COLUMNS_AT_ONCE < d ? c + COLUMNS_AT_ONCE : d;
+                const float *row = x + i * d;
                 Vec squares{};
                 float rest = 0;
-                int64_t c = 0;
-                for (; c + LANES <= d; c += LANES) {
-                    const Vec r = load(made + c) - load(target + c);
-                    squares += r * r;
-                    store(g + c, all(scales[p]) * r);
+                for (; c + LANES <= end; c += LANES) {
+                    const Vec away = from ? load(row + c) - load(from + c) : load(row + c);
+                    squares += away * away;
                 }
-                for (; c < d; c++) {
-                    const float r = made[c] - target[c];
-                    rest += r * r;
-                    g[c] = scales[p] * r;
+                for (; c < end; c++) {
+                    const float away = from ? row[c] - from[c] : row[c];
+                    rest += away * away;
                 }
-                errors[i * P + p] = sum(squares) + rest;
+                partial[b] += sum(squares) + rest;
             }
-            if (residual)
-                for (int64_t c = 0; c < d; c++) residual[i * d + c] = target[c] - made[c];
-            for (int64_t p = P - 2; p >= 0; p--) add1(grad + (i * P + p) * d, grad + (i * P + p + 1) * d, 1, d);
-            for (int64_t p = 0; p < P; p++) {
-                const float *g = grad + (i * P + p) * d;
-                for (int64_t e = offsets[i * P + p]; e < offsets[i * P + p + 1]; e++)
-                    code_grad[e] = dot(g, weight + indices[e] * d, d);
-            }
-        }
-        delete[] made;
-    }
+    double total = 0;
+    for (int64_t b = 0; b < blocks; b++) total += partial[b];
+    delete[] partial;
+    return total;
 }
 
 }  // namespace

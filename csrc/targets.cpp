@@ -7,7 +7,7 @@
 #endif
 
 // Changes with the signature or the meaning of any exported function; library.py has the same number.
-UW_PUBLIC int uw_abi_version() { return 6; }
+UW_PUBLIC int uw_abi_version() { return 7; }
 
 // The instruction sets that the kernels are compiled for and this processor has, best first, separated by commas.
 UW_PUBLIC const char *uw_targets() {

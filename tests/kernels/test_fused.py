@@ -286,9 +286,9 @@ def test_too_dense_after_some_of_the_latents(monkeypatch):
     seen: list[range] = []
     pick = Collector.pick
 
-    def watched(self, what, first, width, *rest):
-        seen.append(range(first, first + width))
-        pick(self, what, first, width, *rest)
+    def watched(self, what, latents, *rest):
+        seen.append(latents)
+        pick(self, what, latents, *rest)
 
     monkeypatch.setattr(Collector, "pick", watched)
     x, W, bias = torch.randn(50, 30), torch.randn(1000, 30).T, torch.zeros(1000)

@@ -113,7 +113,7 @@ def test_transposed_entries_go_latent_by_latent_and_row_by_row(backend, case):
 
 
 def test_many_entries_are_transposed_in_parts(backend):
-    """Above 200 000 entries the compiled kernel divides the latents among threads."""
+    """With many entries for each latent the compiled kernel divides the rows among threads."""
     n, m, k = 2100, 37, 100
     indices, offsets = torch.randint(0, m, (n * k,)), torch.arange(n + 1) * k
     order, rows, ends = transpose(indices, offsets, m)

@@ -124,6 +124,19 @@ def test_modes_change_nothing_and_can_be_chained(activation):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_codes_and_inputs_outlive_the_next_call(activation):
+    """What encoding works in is used again."""
+    sae, x = make(activation, d_in=300, dtype=torch.float32), torch.randn(50, 300)
+    before = x.clone()
+    with torch.no_grad():
+        codes = sae.encode_sparse(x)
+        kept = [t.clone() for t in (codes.indices, codes.values, codes.offsets)]
+        sae.encode_sparse(2 * x)
+    assert torch.equal(x, before)
+    assert all(torch.equal(t, k) for t, k in zip((codes.indices, codes.values, codes.offsets), kept, strict=True))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_leading_dimensions(activation):
     """pitfall_025: (2, 3, d) gives what (6, d) gives."""
     sae, x = make(activation), inputs(6)

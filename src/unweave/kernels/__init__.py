@@ -18,7 +18,7 @@ from unweave.kernels.copying import Mapped, copy_checked, is_finite
 from unweave.kernels.encode import TooDense, encode_select, select_by_rows
 from unweave.kernels.gather import RowTable, gather_rows
 from unweave.kernels.ops import gather_sum, scatter_outer, sddmm, transpose
-from unweave.kernels.ordered import ordered_sum, squared_norm
+from unweave.kernels.ordered import ordered_sum, spread, squared_norm
 from unweave.kernels.reference import Transposed, counts_of
 from unweave.kernels.screen import Precision, Screen, low
 from unweave.kernels.select import Above, Largest, LargestOfBatch, LargestOfGroups, Selection, Spec
@@ -49,6 +49,7 @@ __all__ = [
     "scatter_outer",
     "sddmm",
     "select_by_rows",
+    "spread",
     "squared_norm",
     "transpose",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from unweave.kernels import cpu
+from unweave.kernels.scratch import LIKE_W_DEC, scratch_if_small
 from unweave.kernels.select import Selection
 
 
@@ -47,9 +48,10 @@ class Collector:
     def scan_groups(self, tile: Tensor, first: int, screen: ctypes.Structure, size: int) -> None:
         self._scan("groups", tile, first, screen, size)
 
-    def pick(self, what: str, *arguments: Any) -> None:
-        """Make int8 products and look at them at once: "topk", "above" or "groups"; see csrc/kernels.cpp."""
-        cpu.call(f"pick_{what}", self._handle, *arguments)
+    def pick(self, what: str, latents: range, d: int, screen: ctypes.Structure, *rest: Any) -> None:
+        """Make int8 products with some latents and look at them at once: "topk", "above" or "groups"."""
+        packed = scratch_if_small(LIKE_W_DEC, (-(-len(latents) // 32), -(-d // 4), 32), torch.int32)
+        cpu.call(f"pick_{what}", self._handle, latents.start, len(latents), d, screen, packed, *rest)
 
     def finish_topk(
         self, x: Tensor, weight: Tensor, screen: ctypes.Structure, k: int, magnitude: bool, guess: bool

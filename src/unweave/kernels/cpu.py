@@ -23,8 +23,10 @@ _SIGNATURES = {  # p: pointer or None, i: int64, u: uint64, f: float, d: double;
     "gather_sum": "pppipip",
     "sddmm": "ppippip",
     "transpose": "ppiippp",
+    "sum_by_latent": "ppipp",
     "scatter_outer": "pipppppiippppipp",
     "sum_rows": "ppiiip",
+    "squared_distances": "piip:d",
     "total": "pi:d",
     "keep_largest": "piiii",
     "squared_error_rows": "pppiippppipppp",
@@ -33,15 +35,16 @@ _SIGNATURES = {  # p: pointer or None, i: int64, u: uint64, f: float, d: double;
     "discard": "p",
     "not_finite": "p:i",
     "certain": "p:i",
-    "pick_topk": "piipiif",
-    "pick_above": "piiippi",
-    "pick_groups": "piipi",
+    "pick_topk": "piiippiif",
+    "pick_above": "piiipppi",
+    "pick_groups": "piiippi",
     "scan_topk": "ppiiipiif",
     "finish_topk": "pppiipiiipp",
     "scan_above": "ppiiipp",
     "finish_above": "pppiippp",
     "scan_groups": "ppiiipi",
     "finish_groups": "pppipiipp",
+    "add_halves": "ppi",
     "dense_codes": "piiipppp:i",
     "dense_back": "ppiiippfppp",
     "largest_of_batch": "pippi",
@@ -131,6 +134,13 @@ def transpose(indices: Tensor, offsets: Tensor, m: int) -> Transposed:
     return Transposed(order, rows, ends)
 
 
+def sum_by_latent(by_latent: Transposed, values: Float[Tensor, " nnz"]) -> Float[Tensor, " m"]:
+    """The sum of each latent's values, in the order of its entries."""
+    out = values.new_empty(len(by_latent.offsets) - 1)
+    call("sum_by_latent", by_latent.order, by_latent.offsets, len(out), values, out)
+    return out
+
+
 def scatter_outer(
     by_latent: Transposed,
     values: Tensor,
@@ -160,6 +170,11 @@ def sum_rows(x: Float[Tensor, "n d"], weights: Float[Tensor, " n"] | None = None
     out = x.new_empty(x.shape[1])
     call("sum_rows", weights, x, len(x), x.shape[1], x.stride(0), out)
     return out
+
+
+def squared_distances(x: Float[Tensor, "n d"], center: Float[Tensor, " d"] | None) -> Tensor:
+    """The sum of the rows' squared distances from a point (None: 0) in float64, likewise."""
+    return x.new_tensor(call("squared_distances", x, *x.shape, center), dtype=torch.float64)
 
 
 def total(values: Tensor) -> Tensor:
@@ -217,6 +232,11 @@ def adam_rows(
         lr / (1 - beta1**step), beta1, beta2, eps, (1 - beta2**step) ** -0.5, grad_scale, step, unit,
         None if into is None else into.struct(),
     )  # fmt: skip
+
+
+def add_halves_(into: Float[Tensor, "*n"], halves: Tensor) -> None:
+    """Add bfloat16 numbers, in place."""
+    call("add_halves", into, halves, into.numel())
 
 
 def dense_codes(

@@ -20,7 +20,7 @@ from unweave._errors import UnweaveError
 from unweave.kernels import cpu, select
 from unweave.kernels.collector import Collector
 from unweave.kernels.dispatch import backend
-from unweave.kernels.scratch import scratch
+from unweave.kernels.scratch import LIKE_W_ENC, scratch
 from unweave.kernels.screen import Images, Precision, Screen, Screening, too_coarse
 from unweave.kernels.select import Above, Largest, LargestOfBatch, LargestOfGroups, Selection, Spec
 
@@ -195,20 +195,20 @@ def _screened(
     """Selection with the compiled kernels on a CPU; `guessing` is whether floors of `Largest` may be guessed."""
     rows, (n, m) = W_enc.T.contiguous(), (len(x), W_enc.shape[1])
     if screen is None:
-        screen = Screen.room_for(rows, precision)
+        screen = Screen.room_for(rows, precision, LIKE_W_ENC)
         cpu.make_images(rows, screen.images)
-    inputs = cpu.make_images(x, Images.room_for(x, screen.kind, "inputs", inputs=True))
+    inputs = cpu.make_images(x, Images.room_for(x, screen.kind, "images of inputs", inputs=True))
     if screen.kind == "int8" and too_coarse(inputs):
-        screen = Screen("bf16", cpu.make_images(rows, Images.room_for(rows, "bf16", "an encoder")))
-        inputs = cpu.make_images(x, Images.room_for(x, "bf16", "inputs"))
+        screen = Screen("bf16", cpu.make_images(rows, Images.room_for(rows, "bf16", LIKE_W_ENC)))
+        inputs = cpu.make_images(x, Images.room_for(x, "bf16", "images of inputs"))
     if not all(t.isfinite().all() for t in (inputs.norms, screen.images.norms, b_enc)):
         return _reference(x, W_enc, b_enc, spec, max_density)  # no bound holds; it says which row is not finite
     screening = Screening(screen, inputs, x, rows, b_enc)
     fused = cpu.picks() and screening.fits_int8()
     group = m // spec.groups if isinstance(spec, LargestOfGroups) else 1
-    # `Largest` has the fewest candidates, which take memory; what may turn out too dense has the most.
-    parts = 1 if isinstance(spec, Largest) else 2 if max_density == 1 else 4
-    chunk_rows, tile = (-(-FUSED_ROWS // parts), FIRST_TILE) if fused else (CHUNK_ROWS, TILE)
+    # What may turn out too dense has the most candidates, which take memory.
+    rows_at_once = FUSED_ROWS if max_density == 1 else FUSED_ROWS // 4
+    chunk_rows, tile = (rows_at_once, FIRST_TILE) if fused else (CHUNK_ROWS, TILE)
     # Tiles of equal width, of whole groups.
     tiles = -(-m // max(tile, group))
     width = -(-m // (tiles * group)) * group
@@ -233,16 +233,16 @@ def _screened(
     def pick(collector: Collector, early: bool, known: ctypes.Structure, guess: float) -> None:
         match spec:
             case Largest(k, magnitude):
-                collector.pick("topk", m, x.shape[1], known, k, magnitude, guess)
+                collector.pick("topk", range(m), x.shape[1], known, k, magnitude, guess)
             case LargestOfGroups():
-                collector.pick("groups", m, x.shape[1], known, group)
+                collector.pick("groups", range(m), x.shape[1], known, group)
             case Above():
                 step = width if early else m
                 for first in range(0, m, step):
-                    end = min(first + step, m)
-                    collector.pick("above", first, end - first, x.shape[1], known, bounds, early)
+                    latents = range(first, min(first + step, m))
+                    collector.pick("above", latents, x.shape[1], known, bounds, early)
                     if early:
-                        check_density(collector, end)
+                        check_density(collector, latents.stop)
 
     def chunk(start: int, guess: float) -> Selection:
         part, known = x[start : start + chunk_rows], screening.struct(start)
@@ -268,10 +268,9 @@ def _screened(
     # A guess that fails costs the row a second product, and the certain way still gives the answer.
     guess = _GUESS if guessing and screening.kind == "int8" else 1.0
     found = _joined([chunk(start, guess) for start in range(0, n, chunk_rows)])
-    if isinstance(spec, Largest) and guess < 1:
+    if isinstance(spec, Largest) and guess < 1 and int(found.indices[:: spec.k].min()) < 0:
         failed = (found.indices[:: spec.k] < 0).nonzero().flatten()
-        if len(failed):
-            again = _screened(x[failed], W_enc, b_enc, spec, precision, screen, max_density, guessing=False)
-            found.indices.view(n, -1)[failed] = again.indices.view(len(failed), -1)
-            found.values.view(n, -1)[failed] = again.values.view(len(failed), -1)
+        again = _screened(x[failed], W_enc, b_enc, spec, precision, screen, max_density, guessing=False)
+        found.indices.view(n, -1)[failed] = again.indices.view(len(failed), -1)
+        found.values.view(n, -1)[failed] = again.values.view(len(failed), -1)
     return found

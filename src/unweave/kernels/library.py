@@ -15,7 +15,7 @@ import torch  # noqa: F401  # loads the OpenMP runtime that the kernels run on
 import unweave.kernels
 from unweave._errors import UnweaveError
 
-ABI_VERSION = 6  # the same number as in csrc/targets.cpp
+ABI_VERSION = 7  # the same number as in csrc/targets.cpp
 FILE = "libunweave_kernels" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 VARIABLE = "UNWEAVE_KERNELS_LIBRARY"
 

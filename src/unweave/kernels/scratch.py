@@ -11,6 +11,11 @@ import threading
 import torch
 from torch import Tensor
 
+_LARGEST_KEPT = 64 << 20
+LIKE_W_ENC, LIKE_W_DEC = "as large as W_enc", "as large as W_dec"
+"""Names of memory for what has a row for each latent: first what a product takes of an encoder, then, once the product
+is made, the gradients of a step."""
+
 
 class _Pool(threading.local):
     def __init__(self) -> None:
@@ -33,6 +38,13 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float3
     if buffer is None or len(buffer) < wanted:
         buffer = _pool.buffers[name] = torch.empty(wanted, dtype=torch.uint8, device="cpu")
     return buffer[:wanted].view(dtype).view(shape)
+
+
+def scratch_if_small(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """`scratch` for what outlasts no call; above 64 MiB, fresh memory that is given back after it."""
+    if torch.Size(shape).numel() * dtype.itemsize > _LARGEST_KEPT:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return scratch(name, shape, dtype)
 
 
 def forget(*names: str) -> None:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int8, Int32
 from torch import Tensor
 
-from unweave.kernels.scratch import scratch
+from unweave.kernels.scratch import scratch_if_small
 
 Precision = Literal["auto", "fp32", "bf16"]
 Kind = Literal["fp32", "bf16", "int8"]
@@ -101,16 +101,18 @@ class Images:
         """
         m, d = weight.shape
 
-        def rows(name: str, dtype: torch.dtype) -> Tensor:
-            return scratch(f"{name} of {reused}", (m, d), dtype) if reused else weight.new_empty((m, d), dtype=dtype)
+        def rows(dtype: torch.dtype) -> Tensor:
+            if reused is None:
+                return weight.new_empty((m, d), dtype=dtype)
+            return scratch_if_small(reused, (m, d), dtype)
 
         norms = weight.new_empty(m)
         if kind == "bf16":
-            return cls(norms, half=rows("halves", torch.bfloat16), half_errors=torch.empty_like(norms))
+            return cls(norms, half=rows(torch.bfloat16), half_errors=torch.empty_like(norms))
         if kind == "int8":
             own, other = reversed(_dithers(d)) if inputs else _dithers(d)
             shifts = weight.new_empty(m, dtype=torch.int32)
-            return cls(norms, None, None, rows("bytes", torch.int8), torch.empty_like(norms), shifts, own, other)
+            return cls(norms, None, None, rows(torch.int8), torch.empty_like(norms), shifts, own, other)
         return cls(norms)
 
     def struct(self) -> ctypes.Structure:
@@ -140,10 +142,10 @@ class Screen:
     images: Images
 
     @classmethod
-    def room_for(cls, weight: Float[Tensor, "m d"], precision: Precision) -> Screen:
-        """A screen whose images are yet to be made."""
+    def room_for(cls, weight: Float[Tensor, "m d"], precision: Precision, reused: str | None = None) -> Screen:
+        """A screen whose images are yet to be made; see `Images.room_for`."""
         kind = kind_of(precision, weight.shape[1])
-        return cls(kind, Images.room_for(weight, kind))
+        return cls(kind, Images.room_for(weight, kind, reused))
 
     def fits(self, m: int, d: int) -> bool:
         """Whether it can be that of an encoder of m latents and width d."""

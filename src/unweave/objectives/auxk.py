@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unweave._errors import UnweaveError
-from unweave.kernels import squared_norm
+from unweave.kernels import spread, squared_norm
 from unweave.objectives.schedules import Schedule
 from unweave.sae import ops
 from unweave.sae.codes import SparseCodes
@@ -61,6 +61,6 @@ def auxk_loss(
     """
     e = residual.detach()
     e_hat = ops.decode(aux if signed else aux.with_values(aux.values.relu()), W_dec)
-    spread = squared_norm(e - e.mean(0))
-    weight = torch.where(spread > 0, 1 / spread, 0.0)  # a division inside the graph would make 0 * inf of it
+    varies = spread(e)
+    weight = torch.where(varies > 0, 1 / varies, 0.0)  # a division inside the graph would make 0 * inf of it
     return e.shape[1] * squared_norm(e_hat - e) * weight * min(1.0, n_dead / k)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unweave._errors import UnweaveError
-from unweave.kernels import squared_norm
+from unweave.kernels import spread, squared_norm
 
 Error = Literal["squared", "variance", "token"]
 ERRORS = ("squared", "variance", "token")
@@ -55,5 +55,5 @@ def error_weights(error: Error, x: Float[Tensor, "n d"]) -> Float[Tensor, "..."]
     if error == "squared":
         return None
     d = x.shape[1]
-    squares = squared_norm(x - x.mean(0)) / len(x) if error == "variance" else x.square().sum(1)
+    squares = spread(x) / len(x) if error == "variance" else x.square().sum(1)
     return torch.where(squares > 0, d / squares, 0.0)

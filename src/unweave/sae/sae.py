@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from unweave import kernels
 from unweave._errors import UnweaveError
 from unweave.kernels import Selection
+from unweave.kernels.scratch import scratch_if_small
 from unweave.sae import encoding, ops
 from unweave.sae.activation import Activation
 from unweave.sae.activation_fns import AbsTopK, BatchTopK, Gated, TopK
@@ -142,6 +143,13 @@ class SAE(Persistent, Weights, nn.Module):
     def _bias_of_input(self) -> Float[Tensor, " d_in"]:
         return self.b_dec if self.apply_b_dec_to_input else self.b_dec.new_zeros(self.d_in)
 
+    def _centred(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+        """Inputs less their bias, without a gradient; valid until the next ones, whose memory it is on a CPU."""
+        bias = self._bias_of_input()
+        if x.device.type != "cpu":
+            return x - bias
+        return torch.sub(x, bias, out=scratch_if_small("centred inputs", tuple(x.shape), x.dtype))
+
     def _codes(self, selection: Selection) -> SparseCodes:
         offsets = nn.functional.pad(selection.counts.cumsum(0), (1, 0))
         return SparseCodes(selection.indices, selection.values, offsets, self.d_sae)
@@ -154,7 +162,7 @@ class SAE(Persistent, Weights, nn.Module):
         if isinstance(self.activation, Pursuit):
             return self.activation.encode(x - self._bias_of_input(), self.W_dec)
         with torch.no_grad():
-            centred = x - self._bias_of_input()
+            centred = self._centred(x)
             spec = self.activation.inference(self.threshold)
             selection = self.selected(centred, spec)
         codes = self.activation.infer(self.encoded_at(x, self._codes(selection)), self)

@@ -159,7 +159,7 @@ class DecoderTuning(Trainee):
         self.tokens_since_fired[codes.firing_counts() > 0] = 0
         self.step_count += 1
         n = torch.tensor(float(len(x)), device=y.device)
-        error, variance = kernels.squared_norm(y_hat.detach() - y), kernels.squared_norm(y - y.mean(0))
+        error, variance = kernels.squared_norm(y_hat.detach() - y), kernels.spread(y)
         return StepSums(n, error, variance, codes.l0().sum(), loss.detach() * n, grad_norm * n)
 
     def state_dict(self) -> dict[str, Any]:

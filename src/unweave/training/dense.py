@@ -15,7 +15,7 @@ from torch import Tensor
 from unweave import kernels
 from unweave._errors import UnweaveError
 from unweave.kernels import cpu
-from unweave.kernels.scratch import scratch
+from unweave.kernels.scratch import LIKE_W_DEC, LIKE_W_ENC, scratch
 from unweave.objectives import L1, TargetL0
 from unweave.sae import SAE, JumpReLU
 from unweave.training.config import SAEConfig
@@ -56,7 +56,7 @@ def auxk_gradients(
     dtype, d, c = torch.bfloat16 if low else torch.float32, residual.shape[1], len(latents)
     W_dec, W_enc = sae.W_dec.detach()[latents].to(dtype), sae.W_enc.detach().T[latents].to(dtype)
     bias = sae.b_enc.detach()[latents].to(dtype)
-    spread = kernels.squared_norm(residual - cpu.sum_rows(residual) / len(residual))
+    spread = kernels.spread(residual)
     weight = coefficient * d * min(1.0, c / k) / spread if spread > 0 else residual.new_zeros(())
     loss, none, g_bias = residual.new_zeros(()), residual.new_zeros(c), residual.new_zeros(c)
     g_dec, g_enc = (scratch(f"gradient of dead {name}", (c, d)).zero_() for name in ("W_dec", "W_enc"))
@@ -124,7 +124,7 @@ def dense_gradients(
     norms = rows_dec.norm(dim=1) if isinstance(config.sparsity_term, L1) else None
     add = centred.new_zeros(m) if norms is None else penalty / n * norms
 
-    g_dec, g_enc = scratch("gradient of W_dec", (m, d)).zero_(), scratch("gradient of W_enc", (m, d)).zero_()
+    g_dec, g_enc = scratch(LIKE_W_DEC, (m, d)).zero_(), scratch(LIKE_W_ENC, (m, d)).zero_()
     g_bias, out_sum = centred.new_zeros(m), centred.new_zeros(d)
     sums, active, towards, windows = (centred.new_zeros(m) for _ in range(4))
     residual = scratch("residual", centred.shape) if len(latents) else None
@@ -168,8 +168,10 @@ def dense_gradients(
         g_enc[latents] += aux.W_enc
         g_bias[latents] += aux.b_enc
     if config.decoder_is_unit:
+        products = scratch("products with W_dec", (min(CHUNK_LATENTS, m), d))
         for g, w in zip(g_dec.split(CHUNK_LATENTS), rows_dec.split(CHUNK_LATENTS), strict=True):
-            g.addcmul_(torch.linalg.vecdot(g, w)[:, None], w, value=-1)
+            along = torch.mul(g, w, out=products[: len(g)]).sum(1)
+            g.addcmul_(along[:, None], w, value=-1)
     grads: dict[str, Tensor | RowGrad] = {
         "W_dec": g_dec, "W_enc": g_enc.T, "b_enc": g_bias, "b_dec": out_sum - cpu.sum_rows(rows_enc, g_bias),
     }  # fmt: skip
@@ -183,4 +185,8 @@ def _add_products(total: Float[Tensor, "m d"], codes: Float[Tensor, "r m"], x: F
     """Add `codes.T @ x` in place, a few latents at a time, whose products are still in cache when they are added."""
     products = scratch("weight products", (min(CHUNK_LATENTS, len(total)), total.shape[1]), codes.dtype)
     for rows, some in zip(total.split(CHUNK_LATENTS), codes.split(CHUNK_LATENTS, dim=1), strict=True):
-        rows += torch.mm(some.T, x, out=products[: len(rows)])
+        product = torch.mm(some.T, x, out=products[: len(rows)])
+        if product.dtype == torch.bfloat16:
+            cpu.add_halves_(rows, product)
+        else:
+            rows += product

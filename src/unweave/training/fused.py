@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from unweave import kernels
 from unweave.kernels import cpu
 from unweave.kernels.dispatch import backend
-from unweave.kernels.scratch import forget, scratch
+from unweave.kernels.scratch import LIKE_W_DEC, LIKE_W_ENC, forget, scratch
 from unweave.kernels.screen import kind_of
 from unweave.objectives import L1, RandomMatryoshka, TargetL0
 from unweave.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK
@@ -162,14 +162,16 @@ class Fused:
             gain = sae.r_mag.detach().exp()
             magnitudes = gain[indices].mul_(pre).add_((sae.b_mag.detach() - gain * sae.b_enc.detach())[indices])
         active = magnitudes > (0.0 if theta is None else theta)
-        codes = magnitudes.mul_(active)  # there are many: what can be is done in place
+        on = active.to(magnitudes.dtype)
+        codes = magnitudes.mul_(on)  # there are many: what can be is done in place
 
         groups = len(self.widths) or 1
         offsets = pad((counts if groups == 1 else _counts_by_group(indices, counts, self.widths)).cumsum(0), (1, 0))
+        by_latent = cpu.transpose(indices, offsets, m)
         scales = centred.new_full((groups,), 2 / (n * groups))
         residual = scratch("residual", centred.shape) if len(latents) else None
         # The output's gradient takes the memory of W_enc's, which is made when that of the output is done with.
-        room, gate = scratch("gradient of W_enc", (n * groups, d)), None
+        room, gate = scratch(LIKE_W_ENC, (n * groups, d)), None
         if isinstance(config.activation, Gated):
             # The gate reconstructs by itself, with the decoder frozen: its output's gradient is not used.
             rows, scale = pad(counts.cumsum(0), (1, 0)), centred.new_full((1,), 2 / n)
@@ -184,13 +186,13 @@ class Fused:
         penalised, penalised_grad = codes, code_grad
         if gate is not None:
             loss = loss + kernels.ordered_sum(gate.errors) / n
-            code_grad *= active
-            own["b_mag"] = _by_latent(indices, code_grad, m)
+            code_grad *= on
+            own["b_mag"] = cpu.sum_by_latent(by_latent, code_grad)
             code_grad *= gain[indices]
-            own["r_mag"] = _by_latent(indices, (-sae.b_enc.detach())[indices].add_(pre).mul_(code_grad), m)
+            own["r_mag"] = cpu.sum_by_latent(by_latent, (-sae.b_enc.detach())[indices].add_(pre).mul_(code_grad))
             penalised, penalised_grad = pre, gate.code_grad
         if isinstance(config.sparsity_term, L1):
-            norms, sums = W_dec.norm(dim=1), _by_latent(indices, penalised, m)
+            norms, sums = W_dec.norm(dim=1), cpu.sum_by_latent(by_latent, penalised)
             loss = loss + penalty / n * kernels.ordered_sum(sums * norms)
             penalised_grad += (penalty / n * norms)[indices]
             along = penalty / n * sums / norms.clamp(min=torch.finfo(norms.dtype).tiny)
@@ -203,18 +205,18 @@ class Fused:
                 value, slope = TargetL0.of(l0 / n / target - 1)
                 loss = loss + penalty * value
                 towards -= penalty * slope / (target * n)
-            own["threshold"] = _by_latent(indices, towards.mul_(window).div_(sae.activation.bandwidth), m)
+            own["threshold"] = cpu.sum_by_latent(by_latent, towards.mul_(window).div_(sae.activation.bandwidth))
 
         aux = None
         if residual is not None:
             aux = auxk_gradients(sae, config.auxk.coefficient, residual, centred, latents, self.k_aux, low)
             loss = loss + aux.loss
-        pre_grad = code_grad.mul_(active) if gate is None else code_grad.add_(gate.code_grad)
+        pre_grad = code_grad.mul_(on) if gate is None else code_grad.add_(gate.code_grad)
         out_sum = cpu.sum_rows(grad.view(n, groups, d)[:, 0])
-        grads, squares = self._weight_gradients(indices, offsets, codes, pre_grad, grad, centred, aux, along)
-        sums_of_pre = _by_latent(indices, pre_grad, m)
+        grads, squares = self._weight_gradients(by_latent, codes, pre_grad, grad, centred, aux, along)
+        sums_of_pre = cpu.sum_by_latent(by_latent, pre_grad)
         # A gate's bias is taken out of the magnitudes again.
-        b_enc_grad = sums_of_pre.clone() if gate is None else _by_latent(indices, gate.code_grad, m)
+        b_enc_grad = sums_of_pre.clone() if gate is None else cpu.sum_by_latent(by_latent, gate.code_grad)
         if aux is not None:
             sums_of_pre[latents] += aux.b_enc
             b_enc_grad[latents] += aux.b_enc
@@ -222,14 +224,14 @@ class Fused:
         grads["b_dec"] = out_sum - cpu.sum_rows(sae.W_enc.detach().T, sums_of_pre)
         grads |= own
         squares = squares + squares_of(grads)
-        fired = _by_latent(indices, active, m)
+        fired = cpu.sum_by_latent(by_latent, on) > 0
         smallest = None
         if isinstance(config.activation, BatchTopK):
-            smallest = codes.where(active, torch.inf).min() if bool(active.any()) else None
+            smallest = codes.min() if len(codes) else None  # all of them are positive
         return Step(loss, kernels.ordered_sum(errors[:, -1]), l0, fired, smallest, grads, squares)
 
     def _weight_gradients(
-        self, indices: Tensor, offsets: Tensor, codes: Tensor, pre_grad: Tensor, grad: Tensor, centred: Tensor,
+        self, by_latent: kernels.Transposed, codes: Tensor, pre_grad: Tensor, grad: Tensor, centred: Tensor,
         aux: Aux | None, along: Tensor | None,
     ) -> tuple[dict[str, Tensor | RowGrad], Tensor]:  # fmt: skip
         """Gradients of W_dec and W_enc, of the latents that have one, and the sum of their squares.
@@ -237,7 +239,6 @@ class Fused:
         `grad` may lie where the gradient of W_enc comes, and is overwritten then.
         """
         m, d = self.sae.W_dec.shape
-        by_latent = kernels.transpose(indices, offsets, m)
         touched = by_latent.offsets.diff() > 0
         if aux is not None:
             touched[aux.latents] = True
@@ -247,7 +248,7 @@ class Fused:
             slot = _slots(latents, m)
             out = centred.new_empty(len(latents), d), centred.new_empty(len(latents), d)
         else:
-            out = scratch("gradient of W_dec", (m, d)), scratch("gradient of W_enc", (m, d))
+            out = scratch(LIKE_W_DEC, (m, d)), scratch(LIKE_W_ENC, (m, d))
         if aux is not None:
             slot_aux = _slots(aux.latents, m)
             start_dec, start_enc = (aux.W_dec, slot_aux), (aux.W_enc, slot_aux)
@@ -262,11 +263,6 @@ class Fused:
             start=start_enc, out=out[1], squares=squares[1],
         )  # fmt: skip
         return {"W_dec": RowGrad(out[0], slot), "W_enc": RowGrad(out[1], slot)}, cpu.total(squares)
-
-
-def _by_latent(indices: Tensor, per_entry: Tensor, m: int) -> Tensor:
-    """The sum over each latent's entries, in their order."""
-    return torch.bincount(indices, weights=per_entry, minlength=m).to(per_entry.dtype)
 
 
 def _slots(latents: Tensor, m: int) -> Tensor:

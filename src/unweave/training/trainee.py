@@ -232,8 +232,7 @@ class Trainee:
             self.tokens_since_fired[replaced] = 0
         self.step_count += 1
         n = torch.full((), float(len(x)), device=x.device)
-        y = x if target is None else target  # centred or not, it varies as much
-        variance = kernels.squared_norm(torch.sub(y, y.mean(0), out=y))  # not used again
+        variance = kernels.spread(x if target is None else target)  # centred or not, inputs vary as much
         return StepSums(n, made.squared_error, variance, made.l0, made.loss * n, grad_norm * n)
 
     def _scaled(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
