@@ -55,7 +55,7 @@ class Row(NamedTuple):
 
 
 def contest(case: Case, names: Sequence[str], rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds of each library's step in turn, and of our step and the products in turn."""
+    """Median seconds of each library's step in turn, of our step and its product in turn, and of that in fp32."""
     problem = make_problem(case)
     contestants: dict[str, Contestant] = {OURS: ours.make(problem)}
     for name in names:
@@ -65,10 +65,9 @@ def contest(case: Case, names: Sequence[str], rounds: int) -> tuple[dict[str, fl
         contestant.check(problem)
     functions: dict[str, Callable[[Tensor], object]] = {name: c.step for name, c in contestants.items()}
     times = measure.medians(functions, problem.batches, rounds)
-    alone = {OURS: functions[OURS]}
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        alone[name] = measure.product(problem.batches[0], problem.W, dtype)
-    by_itself = measure.medians(alone, problem.batches, ALONE * rounds)
+    bf16, fp32 = (measure.product(problem.batches[0], problem.W, dtype) for dtype in (torch.bfloat16, torch.float32))
+    by_itself = measure.medians({OURS: functions[OURS], "bf16": bf16}, problem.batches, ALONE * rounds)
+    by_itself |= measure.medians({"fp32": fp32}, problem.batches, rounds)
     if case.frozen:
         for contestant in contestants.values():
             contestant.check(problem)
@@ -226,9 +225,9 @@ def main() -> None:
         f"Batch {args.batch}; medians of {args.rounds} interleaved steps, in ms. Best matrix products: "
         f"{peaks.bf16 / 1e9:.0f} GFLOP/s in bf16, {peaks.fp32 / 1e9:.0f} in fp32.",
         step_table(rows, args.peers),
-        "unweave's step beside its encoder product alone (row chunks of 512, one reused buffer), medians of "
-        f"{ALONE * args.rounds} in turn, with no other library's steps between them, which would empty the caches as "
-        "nothing in a training run does. *of bf16 peak*: the "
+        "unweave's step beside its encoder product in bf16 alone (row chunks of 512, one reused buffer), medians of "
+        f"{ALONE * args.rounds} in turn, with nothing between them, which would empty the caches as "
+        "nothing in a training run does; the product in fp32 is taken after them. *of bf16 peak*: the "
         "FLOPs of that product over the time of the whole step. *memory*: peak of a step in a fresh process beyond "
         "weights, gradients, moments and the batch, as a share of one fp32 (batch, d_sae) tensor.",
         product_table(rows, peaks),
