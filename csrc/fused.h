@@ -19,8 +19,8 @@ inline void spread_first(int64_t *order, int64_t n, int64_t some) {
 
 // Make the products of all rows with some latents, and let `pick` look at each.
 //
-// A thread has its own rows, so that candidates come in the order of their latents and no row is shared. 32 packed latents
-// stay in the first level of the cache while it sends its rows past them.
+// A thread has its own rows, so that candidates come in the order of their latents and no row is shared. 32 packed
+// latents stay in the first level of the cache while it sends its rows past them.
 template <class Pick>
 void pick_candidates(Collector &collector, const PackedLatents &latents, const Screen &s, const Pick &pick) {
     constexpr int64_t BYTES = 1 << 19;  // of a part's rows, which are to stay in the second level of the cache

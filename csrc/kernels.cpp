@@ -83,7 +83,9 @@ void UW_EXPORT(keep_largest)(void *tile, i64 half, i64 n, i64 width, i64 k) {
 void UW_EXPORT(squared_error_rows)(const i64 *indices, const float *values, const i64 *offsets, i64 n, i64 P,
                                    const float *scales, const float *weight, const float *bias, const float *x, i64 d,
                                    float *errors, float *grad, float *residual, float *code_grad) {
-    SquaredErrors{indices, values, offsets, n, P, scales, weight, bias, x, d, errors, grad, residual, code_grad}.all_rows();
+    const SquaredErrors all{indices, values, offsets, n, P, scales, weight, bias, x, d,
+                            errors, grad, residual, code_grad};
+    all.rows();
 }
 
 void UW_EXPORT(images)(const float *weight, i64 m, i64 d, const void *into) {

@@ -20,6 +20,12 @@ constexpr int TILE_ROWS = 12, TILE_LATENTS = 2 * LANES;
 inline int64_t fours(int64_t d) { return (d + 3) / 4; }
 inline int64_t tile_rows(int64_t n) { return (n + TILE_ROWS - 1) / TILE_ROWS; }
 
+template <class T>
+T *aligned(int64_t count) {
+    const int64_t bytes = (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    return static_cast<T *>(std::aligned_alloc(64, bytes));
+}
+
 // Some rows as a tile takes them: of TILE_ROWS rows first what their sums begin at, `shifts` among it, then four bytes of each,
 // the next four of each, and so on. What is missing in the last tile is 0.
 struct PackedRows {
@@ -95,7 +101,9 @@ struct PackedLatents {
     int64_t tiles() const { return (width + TILE_LATENTS - 1) / TILE_LATENTS; }
     int64_t tile_size() const { return TILE_LATENTS * fours(d); }
     int64_t latent(int64_t tile) const { return first + tile * TILE_LATENTS; }
-    int64_t count(int64_t tile) const { return end() - latent(tile) < TILE_LATENTS ? end() - latent(tile) : TILE_LATENTS; }
+    int64_t count(int64_t tile) const {
+        return end() - latent(tile) < TILE_LATENTS ? end() - latent(tile) : TILE_LATENTS;
+    }
     int32_t *tile(int64_t tile) const { return at + tile * tile_size(); }
     void pack(const int8_t *bytes, int64_t t) const { pack_latents(bytes + latent(t) * d, count(t), d, tile(t)); }
 };

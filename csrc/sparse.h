@@ -59,8 +59,8 @@ void sddmm(const int64_t *indices, const int64_t *offsets, int64_t n, const floa
         }
 }
 
-// The entries latent by latent, within a latent in the order of the rows. Each part of the rows counts its own entries of
-// each latent, and so knows where they belong; the result is the same whatever the parts are.
+// The entries latent by latent, within a latent in the order of the rows. Each part of the rows counts its own entries
+// of each latent, and so knows where they belong; the result is the same whatever the parts are.
 void transpose(const int64_t *indices, const int64_t *offsets, int64_t n, int64_t m, int64_t *order, int64_t *rows,
                int64_t *ends) {
     int64_t parts = 1 + offsets[n] / (m + 1);  // counting is to be the smaller part of the work
@@ -73,7 +73,8 @@ void transpose(const int64_t *indices, const int64_t *offsets, int64_t n, int64_
     const auto first_row = [=](int64_t part) { return n * part / parts; };
 #pragma omp parallel for schedule(static)
     for (int64_t part = 0; part < parts; part++)
-        for (int64_t e = offsets[first_row(part)]; e < offsets[first_row(part + 1)]; e++) places[part * m + indices[e]]++;
+        for (int64_t e = offsets[first_row(part)]; e < offsets[first_row(part + 1)]; e++)
+            places[part * m + indices[e]]++;
     ends[0] = 0;
     for (int64_t j = 0; j < m; j++) {
         ends[j + 1] = ends[j];

@@ -5,9 +5,9 @@
 
 namespace {
 
-// One row after the other: decode, residual, loss, gradient of the output and gradient of every code. A row's entries come
-// in P groups (prefixes of a Matryoshka dictionary; P = 1 otherwise), bounded by `offsets` (n * P + 1); the reconstruction
-// of prefix p is what groups 0 to p decode to.
+// One row after the other: decode, residual, loss, gradient of the output and gradient of every code. A row's entries
+// come in P groups (prefixes of a Matryoshka dictionary; P = 1 otherwise), bounded by `offsets` (n * P + 1); the
+// reconstruction of prefix p is what groups 0 to p decode to.
 //
 //   errors  (n, P)     squared norm of each prefix' residual
 //   grad    (n * P, d) for group p, the sum over q >= p of scales[q] * residual of prefix q: the gradient that the
@@ -23,11 +23,12 @@ struct SquaredErrors {
     int64_t d;
     float *errors, *grad, *residual, *code_grad;
 
-    // N vectors of columns from c on of row i. Its decoder rows' columns are read twice, and stay in the first level of the
-    // cache in between; those that are needed next are asked for meanwhile. `squares` and `dots` are sums over columns.
+    // N vectors of columns from c on of row i. Its decoder rows' columns are read twice, and stay in the first level of
+    // the cache in between; those that are needed next are asked for meanwhile. `squares` and `dots` are sums over
+    // columns.
     template <int N>
     void columns(int64_t i, int64_t c, Vec *squares, Vec *dots) const {
-        const int64_t first = offsets[i * P], own = offsets[(i + 1) * P] - first, all_rows = offsets[n * P];
+        const int64_t first = offsets[i * P], own = offsets[(i + 1) * P] - first, nnz = offsets[n * P];
         Vec made[N];
         for (int v = 0; v < N; v++) made[v] = load(bias + c + v * LANES);
         for (int64_t p = 0; p < P; p++) {
@@ -56,7 +57,7 @@ struct SquaredErrors {
             for (int64_t e = offsets[i * P + p]; e < offsets[i * P + p + 1]; e++) {
                 const float *w = weight + indices[e] * d + c;
                 const bool more = c + 2 * N * LANES <= d;
-                const float *next = more ? w + N * LANES : e + own < all_rows ? weight + indices[e + own] * d : w;
+                const float *next = more ? w + N * LANES : e + own < nnz ? weight + indices[e + own] * d : w;
                 Vec sum{};
                 for (int v = 0; v < N; v++) {
                     prefetch(next + v * LANES);
@@ -71,7 +72,8 @@ struct SquaredErrors {
     void column(int64_t i, int64_t c, float *squares, float *dots) const {
         float made = bias[c], towards = 0;
         for (int64_t p = 0; p < P; p++) {
-            for (int64_t e = offsets[i * P + p]; e < offsets[i * P + p + 1]; e++) made += values[e] * weight[indices[e] * d + c];
+            for (int64_t e = offsets[i * P + p]; e < offsets[i * P + p + 1]; e++)
+                made += values[e] * weight[indices[e] * d + c];
             const float r = made - x[i * d + c];
             squares[p] += r * r;
             grad[(i * P + p) * d + c] = scales[p] * r;
@@ -97,7 +99,7 @@ struct SquaredErrors {
         for (; c < d; c++) column(i, c, errors + i * P, code_grad + first);
     }
 
-    void all_rows() const {
+    void rows() const {
         int64_t most = 0;
         for (int64_t i = 0; i < n; i++) {
             const int64_t own = offsets[(i + 1) * P] - offsets[i * P];
@@ -105,10 +107,10 @@ struct SquaredErrors {
         }
 #pragma omp parallel
         {
-            Vec *sums = aligned<Vec>(P + most);
+            Vec *sums = new Vec[P + most];
 #pragma omp for schedule(dynamic, 16)
             for (int64_t i = 0; i < n; i++) row(i, sums, sums + P);
-            std::free(sums);
+            delete[] sums;
         }
     }
 };

@@ -7,7 +7,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
@@ -154,12 +153,6 @@ inline int how_many_reach(const uint32_t *p, uint32_t bound) {
     for (int i = 0; i < LANES; i++) reached += p[i] >= bound;
     return reached;
 #endif
-}
-
-template <class T>
-T *aligned(int64_t count) {
-    const int64_t bytes = (count * int64_t(sizeof(T)) + 63) / 64 * 64;
-    return static_cast<T *>(std::aligned_alloc(64, bytes));
 }
 
 // A fixed tree, so that a sum does not depend on what the compiler finds convenient.

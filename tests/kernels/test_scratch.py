@@ -16,3 +16,5 @@ def test_what_is_small_is_kept_and_what_is_large_is_not(monkeypatch):
     large = scratch.scratch_if_small("other", (101,))
     assert (large.shape, large.dtype) == ((101,), torch.float32)
     assert scratch.scratch_sizes() == {"some": 400}
+    kept = scratch.scratch("other", (200,))  # what is there is taken, however large
+    assert scratch.scratch_if_small("other", (101,)).data_ptr() == kept.data_ptr()

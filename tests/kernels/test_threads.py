@@ -129,13 +129,22 @@ def test_adam_rows(backend, dtype):
     same_on_any_number(steps)
 
 
+@pytest.mark.parametrize("differentiated", [False, True])
 @pytest.mark.parametrize("shape", [(1, 65_600), (13, 40_001), (2, 300_000), (N, D), (0, D)])
-def test_squared_norm(shape):
-    """One row of many elements is a bias of a wide dictionary; 13 of 40,001 are held 6, 6 and 1 at a time."""
-    found = same_on_any_number(lambda: squared_norm(10 * torch.randn(shape)))
+def test_squared_norm(backend, shape, differentiated):
+    """One row of many elements is a bias of a wide dictionary. PyTorch holds 13 of 40,001 6, 6 and 1 at a time."""
+
+    def norm_and_gradient() -> tuple[Tensor, Tensor | None]:
+        x = (10 * torch.randn(shape)).requires_grad_(differentiated)
+        norm = squared_norm(x)
+        return norm.detach(), torch.autograd.grad(norm, x)[0] if differentiated else None
+
+    found, gradient = same_on_any_number(norm_and_gradient)
     torch.manual_seed(5)
-    exact = (10 * torch.randn(shape)).double().square().sum()
-    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
+    x = 10 * torch.randn(shape)
+    torch.testing.assert_close(found.double(), x.double().square().sum(), rtol=1e-6, atol=0)
+    if gradient is not None:
+        assert torch.equal(gradient, 2 * x)
 
 
 def test_spread(backend):

@@ -12,6 +12,8 @@ from unweave.kernels import cpu
 from unweave.kernels.scratch import LIKE_W_DEC, scratch_if_small
 from unweave.kernels.select import Selection
 
+_TILE = 32  # latents of a tile, which has four int8 numbers of each, and so on: csrc/product.h
+
 
 class Collector:
     """Candidates of some rows, gathered tile by tile (csrc/select.h) or while products are made (csrc/fused.h)."""
@@ -49,8 +51,8 @@ class Collector:
         self._scan("groups", tile, first, screen, size)
 
     def pick(self, what: str, latents: range, d: int, screen: ctypes.Structure, *rest: Any) -> None:
-        """Make int8 products with some latents and look at them at once: "topk", "above" or "groups"."""
-        packed = scratch_if_small(LIKE_W_DEC, (-(-len(latents) // 32), -(-d // 4), 32), torch.int32)
+        """Make int8 products with some latents (for "topk" and "groups" all) and look at them at once."""
+        packed = scratch_if_small(LIKE_W_DEC, (-(-len(latents) // _TILE), -(-d // 4), _TILE), torch.int32)
         cpu.call(f"pick_{what}", self._handle, latents.start, len(latents), d, screen, packed, *rest)
 
     def finish_topk(

@@ -206,9 +206,11 @@ def _screened(
     screening = Screening(screen, inputs, x, rows, b_enc)
     fused = cpu.picks() and screening.fits_int8()
     group = m // spec.groups if isinstance(spec, LargestOfGroups) else 1
-    # What may turn out too dense has the most candidates, which take memory.
-    rows_at_once = FUSED_ROWS if max_density == 1 else FUSED_ROWS // 4
-    chunk_rows, tile = (rows_at_once, FIRST_TILE) if fused else (CHUNK_ROWS, TILE)
+    # `Largest` has the fewest candidates, which take memory, and so has one positive bound for all latents, which is
+    # BatchTopK's; what may turn out too dense has the most.
+    few = isinstance(spec, Largest) or (isinstance(spec, Above) and isinstance(spec.bounds, float) and spec.bounds > 0)
+    parts = 4 if max_density < 1 else 1 if few else 2
+    chunk_rows, tile = (-(-FUSED_ROWS // parts), FIRST_TILE) if fused else (CHUNK_ROWS, TILE)
     # Tiles of equal width, of whole groups.
     tiles = -(-m // max(tile, group))
     width = -(-m // (tiles * group)) * group

@@ -33,18 +33,26 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float3
         shape: Of the tensor.
         dtype: Of the tensor.
     """
-    wanted = torch.Size(shape).numel() * dtype.itemsize
-    buffer = _pool.buffers.get(name)
-    if buffer is None or len(buffer) < wanted:
-        buffer = _pool.buffers[name] = torch.empty(wanted, dtype=torch.uint8, device="cpu")
-    return buffer[:wanted].view(dtype).view(shape)
+    wanted = _bytes_of(shape, dtype)
+    if wanted > _held(name):
+        forget(name)  # before there is more
+        _pool.buffers[name] = torch.empty(wanted, dtype=torch.uint8, device="cpu")
+    return _pool.buffers[name][:wanted].view(dtype).view(shape)
 
 
 def scratch_if_small(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """`scratch` for what outlasts no call; above 64 MiB, fresh memory that is given back after it."""
-    if torch.Size(shape).numel() * dtype.itemsize > _LARGEST_KEPT:
+    """`scratch` for what outlasts no call: above 64 MiB, memory that is there is used, but none is kept for later."""
+    if _bytes_of(shape, dtype) > max(_held(name), _LARGEST_KEPT):
         return torch.empty(shape, dtype=dtype, device="cpu")
     return scratch(name, shape, dtype)
+
+
+def _bytes_of(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def _held(name: str) -> int:
+    return len(_pool.buffers[name]) if name in _pool.buffers else -1
 
 
 def forget(*names: str) -> None:

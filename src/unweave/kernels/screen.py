@@ -96,7 +96,7 @@ class Images:
         Args:
             weight: The matrix.
             kind: Of the product.
-            reused: Name of memory that they are made in, and the next ones of that name after them.
+            reused: Name of memory that they are made in, where they stay until that name is used again (`scratch`).
             inputs: Whether they are of inputs, and not of an encoder.
         """
         m, d = weight.shape

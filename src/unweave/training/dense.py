@@ -145,7 +145,7 @@ def dense_gradients(
         error.copy_(torch.mm(codes, W_dec, out=out)).sub_(target)
         squared_error += kernels.squared_norm(error)
         if residual is not None:
-            residual[rows] = -error
+            torch.neg(error, out=residual[rows])
         out_sum += cpu.sum_rows(error.mul_(2 / n))
         out.copy_(error)
         _add_products(g_dec, codes, out)
@@ -168,7 +168,7 @@ def dense_gradients(
         g_enc[latents] += aux.W_enc
         g_bias[latents] += aux.b_enc
     if config.decoder_is_unit:
-        products = scratch("products with W_dec", (min(CHUNK_LATENTS, m), d))
+        products = scratch("weight products", (min(CHUNK_LATENTS, m), d))
         for g, w in zip(g_dec.split(CHUNK_LATENTS), rows_dec.split(CHUNK_LATENTS), strict=True):
             along = torch.mul(g, w, out=products[: len(g)]).sum(1)
             g.addcmul_(along[:, None], w, value=-1)

@@ -162,7 +162,8 @@ class Fused:
             gain = sae.r_mag.detach().exp()
             magnitudes = gain[indices].mul_(pre).add_((sae.b_mag.detach() - gain * sae.b_enc.detach())[indices])
         active = magnitudes > (0.0 if theta is None else theta)
-        on = active.to(magnitudes.dtype)
+        on, l0 = active.to(magnitudes.dtype), active.sum()
+        del active
         codes = magnitudes.mul_(on)  # there are many: what can be is done in place
 
         groups = len(self.widths) or 1
@@ -179,7 +180,7 @@ class Fused:
         errors, grad, code_grad = cpu.squared_error_rows(
             indices, codes, offsets, scales, W_dec, no_bias, centred, residual, room
         )
-        loss, l0 = kernels.ordered_sum(errors) / (n * groups), active.sum()
+        loss = kernels.ordered_sum(errors) / (n * groups)
 
         own: dict[str, Tensor] = {}  # gradients of the activation function's parameters
         along = None
