@@ -77,7 +77,7 @@ class Fused:
     def __call__(
         self, x: Float[Tensor, "n d_in"], dead: Bool[Tensor, " d_sae"], penalty: float, screen: kernels.Screen | None
     ) -> Step:
-        """Loss and gradients of a batch; the gradients' memory is used again by the next step of any SAE.
+        """Loss and gradients of a batch; the next step or encoding of any SAE uses the gradients' memory again.
 
         Args:
             x: Inputs at the scale of training. `b_dec` is taken from them, so that they need no second place.
