@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,7 +99,12 @@ def test_what_it_says_and_writes(run: tuple[Path, str, str]) -> None:
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path, bad_text: Path) -> None:
-    process = start(bad_text, "--out", "t", cwd=tmp_path)
+    text = tmp_path / "text"  # so much that it is not done with before the signal comes, however busy the machine is
+    text.mkdir()
+    for i in range(20):
+        for file in bad_text.iterdir():
+            shutil.copy(file, text / f"{i}-{file.name}")
+    process = start(text, "--out", "t", cwd=tmp_path)
     while process.poll() is None and not (tmp_path / "t" / "progress.json").exists():
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
