@@ -1,7 +1,7 @@
 """The CUDA kernels on a machine without a GPU: they are interpreted, and compiled down to machine code.
 
-What they compute is tested in `tests/kernels/triton`, which Triton's interpreter runs on CPU tensors, in a process of
-its own, because the interpreter must be chosen before Triton is imported. That the kernels compile is tested with the
+What they compute is tested where `INTERPRETED` says, which Triton's interpreter runs on CPU tensors, in processes of
+their own, because the interpreter must be chosen before Triton is imported. That the kernels compile is tested with the
 launches that the wrappers really make.
 """
 
@@ -19,17 +19,25 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-HERE = Path(__file__).parent / "triton"
+TESTS = Path(__file__).parent.parent
+INTERPRETED = [
+    ["kernels/triton"],
+    ["training/triton"],
+    ["training/test_fused.py", "-k", "autograd or dense_execution_equals or odd_batches or of_zeros"],
+]
+"""What runs in Triton's interpreter: paths below the tests."""
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 @needs_triton
 @pytest.mark.timeout(600)
-def test_in_the_interpreter() -> None:
+@pytest.mark.parametrize("tests", INTERPRETED)
+def test_in_the_interpreter(tests: list[str]) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE)],
-        env=environment | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", *tests],
+        cwd=TESTS,
+        env=environment | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "UNWEAVE_KERNELS": "cuda"},
         capture_output=True,
         text=True,
         check=False,
@@ -86,7 +94,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.Fi
 
 
 OPERATIONS = (
-    "gather_sum", "segment_sum", "sddmm", "squared_error", "topk", "group_max", "above", "adam_rows",
+    "gather_sum", "segment_sum", "sddmm", "squared_error", "topk", "group_max", "above", "row_gradient",
+    "adam_rows",
 )  # fmt: skip
 COMPOSED = ("screened",)
 ARCHITECTURES = [pytest.param(80, marks=pytest.mark.slow), 90]
@@ -106,10 +115,7 @@ def calls(
     x, weight, pre = ones(n, d, dtype=dtype), ones(m, d, dtype=dtype), ones(n, m, dtype=dtype)
     bias, bounds, prefixes = ones(d), ones(m), ones(2)
     rows, grad, first, second = ones(m, d), ones(m, d), ones(m, d, dtype=dtype), ones(m, d, dtype=dtype)
-    outputs: Any = {"image": ones(m, d, dtype=torch.bfloat16), "squares": ones(m)}
-
-    def packed() -> object:
-        return kernels.pack(kernels.above(pre, bounds, 7))
+    starts, slot, image = ones(n, dtype=torch.long), ones(m, dtype=torch.long), ones(m, d, dtype=torch.bfloat16)
 
     def fused(offsets: torch.Tensor, prefixes: torch.Tensor) -> object:
         return kernels.squared_error(indices, values, offsets, weight, bias, x, prefixes, 1.0)
@@ -124,9 +130,16 @@ def calls(
         "squared_error": [lambda: fused(offsets, prefixes[:1]), lambda: fused(groups, prefixes)],
         "topk": [lambda: kernels.topk(pre, 3), lambda: kernels.topk(pre, 3, magnitude=True)],
         "group_max": [lambda: kernels.group_max(pre, 2)],
-        "above": [packed, lambda: kernels.above(pre, bounds, 7).overflow],
-        "screened": [lambda: kernels.topk_screened(pre, ones(n, d), rows, bounds, ones(n), 2, spare=1)],
-        "adam_rows": [adam, lambda: adam(clip=ones(), project=True, unit=True, **outputs)],
+        "above": [
+            lambda: kernels.count_above(pre, bounds),
+            lambda: kernels.write_above(pre, bounds, starts, indices, values),
+        ],
+        "screened": [lambda: kernels.topk_screened(pre, ones(n, d), rows, bounds, 2, spare=1)],
+        "row_gradient": [
+            lambda: kernels.finish_rows(grad, None, None, False),
+            lambda: kernels.finish_rows(grad, rows, ones(m), True),
+        ],
+        "adam_rows": [adam, lambda: adam(slot=slot, clip=ones(), unit=True, image=image)],
     }
     return by_name[operation]
 

@@ -15,13 +15,13 @@ The encoder product is the only dense one. Nothing here knows what an SAE is. `d
 from unweave.kernels.adam import adam_rows
 from unweave.kernels.attention import attention
 from unweave.kernels.copying import Mapped, copy_checked, is_finite
-from unweave.kernels.encode import TooDense, encode_select, select_by_rows
+from unweave.kernels.encode import encode_select, select_by_rows
 from unweave.kernels.gather import RowTable, gather_rows
 from unweave.kernels.ops import gather_sum, scatter_outer, sddmm, transpose
 from unweave.kernels.ordered import ordered_sum, spread, squared_norm
 from unweave.kernels.reference import Transposed, counts_of
 from unweave.kernels.screen import Precision, Screen, low
-from unweave.kernels.select import Above, Largest, LargestOfBatch, LargestOfGroups, Selection, Spec
+from unweave.kernels.select import Above, Largest, LargestOfBatch, LargestOfGroups, Selection, Spec, TooDense
 
 __all__ = [
     "Above",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -23,7 +25,7 @@ def adam_rows(
     betas: tuple[float, float],
     eps: float,
     step: int,
-    grad_scale: float = 1.0,
+    grad_scale: float | Float[Tensor, ""] = 1.0,
     unit: bool = False,
     screen: Precision | None = None,
     instead_of: Screen | None = None,
@@ -41,7 +43,8 @@ def adam_rows(
         betas: Decay rates.
         eps: Added to the root of the corrected second moment.
         step: Number of this step, from 1.
-        grad_scale: Multiplies the gradients.
+        grad_scale: Multiplies the gradients. With a tensor that is NaN nothing is changed, and on a GPU nobody waits to
+            know whether it is.
         unit: Whether rows are brought back to norm 1 afterwards.
         screen: Return a `Screen` of the new rows, for products of this precision.
         instead_of: The screen of the old rows, whose memory may be overwritten.
@@ -54,18 +57,33 @@ def adam_rows(
     """
     _check(weight, grad, slot, first, second, step)
     grad, slot = grad.contiguous(), None if slot is None else slot.contiguous()
-    settings = {"lr": lr, "betas": betas, "eps": eps, "step": step, "grad_scale": grad_scale, "unit": unit}
-    if backend("adam_rows", weight, grad) == "cpu":
+    settings = {"lr": lr, "betas": betas, "eps": eps, "step": step, "unit": unit}
+    kernels = backend("adam_rows", weight, grad)
+    if kernels == "cuda":
+        from unweave.kernels.triton.adam import MAX_WIDTH
+        from unweave.kernels.triton.adam import adam_rows as in_triton
+
+        rows = weight, grad, first, second
+        if len(weight) == 1 and slot is None and not unit:  # a vector: one program would do all of a row
+            rows = tuple(t.view(-1, 1) for t in rows)  # type: ignore[assignment]
+        if rows[0].shape[1] <= MAX_WIDTH:
+            clip = grad_scale if isinstance(grad_scale, Tensor) else weight.new_full((), grad_scale)
+            in_triton(*rows, slot=slot, clip=clip, **settings)  # type: ignore[arg-type]
+            return None
+    if kernels == "cpu":
+        grad_scale = float(grad_scale)
+        if math.isnan(grad_scale):
+            return instead_of
         made = None
         if screen is not None:
             reuse = instead_of is not None and instead_of.kind == kind_of(screen, weight.shape[1])
             made = instead_of if reuse and instead_of.fits(*weight.shape) else Screen.room_for(weight, screen)  # type: ignore[union-attr]
         into = None if made is None else made.images
-        cpu.adam_rows(weight, grad, slot, first, second, into=into, **settings)  # type: ignore[arg-type]
+        cpu.adam_rows(weight, grad, slot, first, second, grad_scale=grad_scale, into=into, **settings)  # type: ignore[arg-type]
         return made
     if slot is not None:
         grad = torch.cat([grad, grad.new_zeros(1, grad.shape[1])])[slot]  # -1 takes the row of zeros
-    reference.adam_rows(weight, grad, first, second, **settings)  # type: ignore[arg-type]
+    reference.adam_rows(weight, grad, first, second, grad_scale=grad_scale, **settings)  # type: ignore[arg-type]
     return None
 
 

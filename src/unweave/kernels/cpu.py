@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from unweave.kernels.library import load, targets
@@ -155,14 +155,36 @@ def scatter_outer(
     out: Tensor | None = None,
     squares: Tensor | None = None,
 ) -> Tensor:
-    """`codes.T @ x`, for some latents and with what else a gradient has, in one pass; see csrc/sparse.h."""
+    """`codes.T @ x`, for some latents and with what else a gradient has, in one pass; see csrc/sparse.h.
+
+    Args:
+        by_latent: The entries.
+        values: Of the entries.
+        x: Rows to add up.
+        latents: Those of the result's rows; None: all.
+        rows_per_x: Rows of codes for each row of `x`.
+        start: Rows that are added, and their latents.
+        weight: What the next two refer to.
+        along: This much of each latent's weight is added.
+        project: Whether the part along the latent's weight, of norm 1, is taken out.
+        out: Memory for the result.
+        squares: Takes the squared norm of each row of the result.
+    """
     count = len(by_latent.offsets) - 1 if latents is None else len(latents)
     out = x.new_empty(count, x.shape[1]) if out is None else out
+    begin, slot = (None, None) if start is None else (start[0], slots(start[1], len(by_latent.offsets) - 1))
     call(
-        "scatter_outer", latents, count, *by_latent, values, x, x.shape[1], rows_per_x, *(start or (None, None)),
+        "scatter_outer", latents, count, *by_latent, values, x, x.shape[1], rows_per_x, begin, slot,
         weight, along, project, out, squares,
     )  # fmt: skip
     return out
+
+
+def slots(latents: Int64[Tensor, " c"], m: int) -> Int64[Tensor, " m"]:
+    """The place of each of `m` latents among some of them, -1 for those that are not."""
+    slot = latents.new_full((m,), -1)
+    slot[latents] = torch.arange(len(latents), device=latents.device)
+    return slot
 
 
 def sum_rows(x: Float[Tensor, "n d"], weights: Float[Tensor, " n"] | None = None) -> Float[Tensor, " d"]:

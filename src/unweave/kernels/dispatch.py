@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -40,7 +41,8 @@ def forced() -> Backend | None:
 def backend(operation: str, *tensors: Tensor) -> Backend:
     """The kernels for some tensors, which are on one device.
 
-    Compiled kernels compute in float32; any other floating-point dtype is computed by the reference.
+    Compiled kernels compute in float32; any other floating-point dtype is computed by the reference. Where Triton
+    interprets its kernels (TRITON_INTERPRET=1), UNWEAVE_KERNELS=cuda runs them on CPU tensors, for tests.
 
     Raises:
         UnweaveError: If the tensors are on different devices, or UNWEAVE_KERNELS does not fit them.
@@ -48,6 +50,8 @@ def backend(operation: str, *tensors: Tensor) -> Backend:
     check_devices(operation, *tensors)
     device = tensors[0].device.type
     choice = forced()
+    if choice == "cuda" and device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        device = "cuda"  # Triton's interpreter runs its kernels on CPU tensors
     if choice in ("cpu", "cuda") and choice != device:
         raise UnweaveError(f"{operation}: {VARIABLE}={choice}, but the tensors are on {device}.")
     if choice == "reference" or any(t.is_floating_point() and t.dtype != torch.float32 for t in tensors):
@@ -55,6 +59,22 @@ def backend(operation: str, *tensors: Tensor) -> Backend:
     if device == "cpu" and cpu.available():
         return "cpu"
     return "cuda" if device == "cuda" and _has_triton() else "reference"
+
+
+def compiled(operation: str, *tensors: Tensor) -> ModuleType | None:
+    """The module with the compiled kernels for some tensors, `kernels.cpu` or `kernels.cuda`; None if there are none.
+
+    Raises:
+        UnweaveError: As `backend`.
+    """
+    match backend(operation, *tensors):
+        case "cpu":
+            return cpu
+        case "cuda":
+            from unweave.kernels import cuda
+
+            return cuda
+    return None
 
 
 def check_devices(operation: str, *tensors: Tensor) -> None:

@@ -22,7 +22,7 @@ from unweave.kernels.collector import Collector
 from unweave.kernels.dispatch import backend
 from unweave.kernels.scratch import LIKE_W_ENC, scratch
 from unweave.kernels.screen import Images, Precision, Screen, Screening, too_coarse
-from unweave.kernels.select import Above, Largest, LargestOfBatch, LargestOfGroups, Selection, Spec
+from unweave.kernels.select import Above, Largest, LargestOfBatch, LargestOfGroups, Selection, Spec, TooDense
 
 CHUNK_ROWS = 512
 TILE = 16_384
@@ -34,10 +34,6 @@ _PROBE_ROWS = 64
 _GUESS = 0.25
 """Share of the slack that floors of `Largest` are set below what was seen, after an int8 product: twice the standard
 deviation of the error."""
-
-
-class TooDense(Exception):  # no error: the caller then computes densely
-    """So many entries are above their bounds that sparse execution would not pay."""
 
 
 def encode_select(
@@ -57,8 +53,10 @@ def encode_select(
         W_enc: Encoder weights; fastest when laid out latent by latent (`W_enc.T` is contiguous).
         b_enc: Encoder bias.
         spec: What to keep.
-        precision: Of the product. It changes the time and not the result: with compiled kernels, "bf16" products are
-            made exact again, and the reference always computes in the weights' dtype.
+        precision: Of the product. On a CPU it changes the time and not the result: with compiled kernels, "bf16"
+            products are made exact again, and the reference always computes in the weights' dtype. On a GPU "auto" is
+            "fp32"; with "bf16", values are exact, and what is within rounding of a bound or of the k-th largest may be
+            missed (kernels/encode_cuda.py says by how much).
         screen: What a step of the optimiser has prepared; None: it is made here.
         max_density: Largest share of entries that may lie above their bounds in the first rows (`Above`).
 
@@ -73,8 +71,11 @@ def encode_select(
     x, W_enc, b_enc = x.detach(), W_enc.detach(), b_enc.detach()
     if isinstance(spec, LargestOfBatch):
         return _largest_of_batch(x, W_enc, b_enc, spec, precision, screen)
-    if backend("encode_select", x, W_enc, b_enc) == "cpu" and len(x):
-        return _screened(x.contiguous(), W_enc, b_enc.contiguous(), spec, precision, screen, max_density)
+    match backend("encode_select", x, W_enc, b_enc):
+        case "cpu" if len(x):
+            return _screened(x.contiguous(), W_enc, b_enc.contiguous(), spec, precision, screen, max_density)
+        case "cuda" if W_enc.shape[1]:
+            return _on_gpu(x.contiguous(), W_enc, b_enc.contiguous(), spec, precision == "bf16", max_density)
     return _reference(x, W_enc, b_enc, spec, max_density)
 
 
@@ -104,6 +105,23 @@ def _check(x: Tensor, W_enc: Tensor, b_enc: Tensor, spec: Spec, screen: Screen |
 
 def _not_finite(row: int) -> UnweaveError:
     return UnweaveError(f"encode_select: pre-activations of row {row} are NaN or infinite.")
+
+
+def _on_gpu(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, spec: Largest | LargestOfGroups | Above, low: bool, max_density: float
+) -> Selection:
+    from unweave.kernels import encode_cuda
+
+    match spec:
+        case Largest():
+            found = encode_cuda.largest(x, W_enc, b_enc, spec, low)
+        case LargestOfGroups(groups):
+            found = encode_cuda.largest_of_groups(x, W_enc, b_enc, groups)
+        case Above(bounds):
+            found = encode_cuda.above_exactly(x, W_enc, b_enc, bounds, low, max_density)
+    if (row := encode_cuda.first_not_finite(x, W_enc, b_enc)) is not None:
+        raise _not_finite(row)
+    return found
 
 
 def _reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, spec: Spec, max_density: float) -> Selection:

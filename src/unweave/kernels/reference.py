@@ -97,9 +97,10 @@ def adam_rows(
     betas: tuple[float, float],
     eps: float,
     step: int,
-    grad_scale: float,
+    grad_scale: float | Tensor,
     unit: bool,
 ) -> None:
+    before = [t.clone() for t in (weight, first, second)] if isinstance(grad_scale, Tensor) else []
     beta1, beta2 = betas
     grad = grad * grad_scale
     m1 = torch.lerp(grad, first.to(grad.dtype), beta1)
@@ -109,6 +110,8 @@ def adam_rows(
     weight.addcdiv_(m1, m2.sqrt() * (1 - beta2**step) ** -0.5 + eps, value=-lr / (1 - beta1**step))
     if unit:
         weight.div_(weight.norm(dim=1, keepdim=True).clamp(min=1e-12))
+    for tensor, old in zip((weight, first, second), before, strict=bool(before)):
+        torch.where(grad_scale.isnan(), old, tensor, out=tensor)  # type: ignore[union-attr]
 
 
 def _keep(moment: Tensor, value: Tensor, seed: int, shift: int) -> None:

@@ -47,6 +47,13 @@ def scratch_if_small(name: str, shape: tuple[int, ...], dtype: torch.dtype = tor
     return scratch(name, shape, dtype)
 
 
+def scratch_like(x: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """`scratch` on the device of `x`; on a GPU, whose memory PyTorch keeps, a fresh tensor."""
+    if x.device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=x.device)
+    return scratch(name, shape, dtype)
+
+
 def _bytes_of(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 

@@ -14,6 +14,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
+class TooDense(Exception):  # no error: the caller then computes densely
+    """So many entries are above their bounds that sparse execution would not pay."""
+
+
 class Selection(NamedTuple):
     """Selected pre-activations, row after row."""
 

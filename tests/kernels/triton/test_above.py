@@ -1,4 +1,4 @@
-"""Everything above a vector of bounds, in a fixed room."""
+"""Everything above a vector of bounds, counted and written into what all rows share."""
 
 import pytest
 import torch
@@ -6,74 +6,115 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unweave._errors import UnweaveError
-from unweave.kernels.triton import above, gather_sum, pack
+from unweave.kernels.triton import count_above, gather_sum, write_above
 
 DTYPES = [torch.float32, torch.bfloat16]
+UNTOUCHED = -7
 
 
-@settings(deadline=None, max_examples=40)
+def hits_of(pre, bounds):
+    return [row.nonzero().flatten().tolist() for row in ~(pre.float() <= bounds)]
+
+
+def write(pre, bounds, starts, room, device):
+    """What `write_above` makes of two outputs, which the guard surrounds by margins."""
+    indices = pre.to(device).new_empty(room, dtype=torch.int64).fill_(UNTOUCHED)
+    values = pre.to(device).new_empty(room, dtype=torch.float32).fill_(UNTOUCHED)
+    write_above(pre.to(device), bounds.to(device), torch.tensor(starts, dtype=torch.int64).to(device), indices, values)
+    return indices.tolist(), values.tolist()
+
+
+def written(pre, bounds, starts, room):
+    """What `write_above` should make of them."""
+    indices, values = [UNTOUCHED] * room, [float(UNTOUCHED)] * room
+    for row, start, hits in zip(pre, starts, hits_of(pre, bounds), strict=True):
+        for place, latent in enumerate(hits, start):
+            if 0 <= place < room:
+                indices[place], values[place] = latent, float(row[latent])
+    return indices, values
+
+
+@settings(deadline=None, max_examples=60)
 @given(
-    n=st.integers(1, 4),
+    n=st.integers(0, 4),
     m=st.integers(1, 20),
-    capacity=st.integers(1, 25),
+    shift=st.integers(-6, 6),
+    room=st.integers(0, 50),
+    gap=st.integers(0, 2),
+    backwards=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     ties=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_keeps_the_first_that_are_strictly_above(device, n, m, capacity, dtype, ties, seed):
+def test_counts_and_writes_what_is_strictly_above(device, n, m, shift, room, gap, backwards, dtype, ties, seed):
+    """Rows may begin anywhere, so they may be in any order, with gaps between them, or not have room."""
     torch.manual_seed(seed)
     pre, bounds = torch.randn(n, m).to(dtype), torch.randn(m)
     if ties:
         pre, bounds = pre.round(), bounds.round()
-    kept = above(pre.to(device), bounds.to(device), capacity)
-    hits = [row.nonzero().flatten().tolist() for row in pre.float() > bounds]
-    assert kept.counts.tolist() == [len(hit) for hit in hits]
-    assert kept.indices.tolist() == [(hit + [-1] * capacity)[:capacity] for hit in hits]
-    values = [([float(pre[i, j]) for j in hit] + [0.0] * capacity)[:capacity] for i, hit in enumerate(hits)]
-    assert kept.values.tolist() == values
-    assert bool(kept.overflow) == any(len(hit) > capacity for hit in hits)
+    counts = count_above(pre.to(device), bounds.to(device))
+    assert counts.dtype == torch.int64
+    assert counts.tolist() == [len(hits) for hits in hits_of(pre, bounds)]
 
-    indices, packed, offsets = pack(kept)
-    counts = [min(len(hit), capacity) for hit in hits]
-    assert offsets.diff().tolist() == counts
-    filled = sum(counts)
-    assert indices.tolist() == [j for hit in hits for j in hit[:capacity]] + [-1] * (n * capacity - filled)
-    assert packed.tolist() == [v for row, c in zip(values, counts, strict=True) for v in row[:c]] + [0.0] * (
-        n * capacity - filled
-    )
+    starts = [0] * n
+    for row in reversed(range(n)) if backwards else range(n):
+        starts[row], shift = shift, shift + int(counts[row]) + gap
+    assert write(pre, bounds, starts, room, device) == written(pre, bounds, starts, room)
 
 
-def test_rows_wider_than_a_tile(device):
-    pre = torch.randn(2, 9001)
-    bounds = torch.full((9001,), 0.5)
-    kept = above(pre.to(device), bounds.to(device), 6000)
-    for i in range(2):
-        hits = (pre[i] > 0.5).nonzero().flatten().tolist()
-        assert kept.indices[i, : len(hits)].tolist() == hits
-        assert (kept.indices[i, len(hits) :] == -1).all()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_wider_than_a_tile(device, dtype):
+    pre, bounds = torch.randn(2, 9001).to(dtype), torch.full((9001,), 0.5)
+    counts = count_above(pre.to(device), bounds.to(device)).tolist()
+    assert counts == [len(hits) for hits in hits_of(pre, bounds)]
+    for room in (sum(counts), sum(counts) - 1500):
+        starts = [0, counts[0]]
+        assert write(pre, bounds, starts, room, device) == written(pre, bounds, starts, room)
 
 
 def test_a_view_with_gaps_between_rows(device):
-    pre, bounds = torch.randn(3, 50, device=device)[:, 10:31], torch.zeros(21, device=device)
-    assert above(pre, bounds, 21).indices.tolist() == above(pre.contiguous(), bounds, 21).indices.tolist()
+    pre, bounds, starts = torch.randn(3, 50, device=device)[:, 10:31], torch.zeros(21), [0, 21, 42]
+    counts = count_above(pre, bounds.to(device)).tolist()
+    assert counts == [len(hits) for hits in hits_of(pre.cpu(), bounds)]
+    assert write(pre, bounds, starts, 63, device) == written(pre.cpu(), bounds, starts, 63)
 
 
-def test_what_was_packed_can_be_decoded(device, close):
-    pre, weight = torch.randn(5, 12), torch.randn(12, 7)
-    kept = above(pre.to(device), torch.zeros(12, device=device), 12)
-    close(gather_sum(*pack(kept), weight.to(device)), pre.double().relu() @ weight.double())
+@pytest.mark.parametrize("start", [-(2**40), -20, 60, 2**40])
+def test_a_row_that_begins_outside_is_not_followed(device, start):
+    assert write(torch.ones(1, 20), torch.zeros(20), [start], 60, device)[0] == [UNTOUCHED] * 60
 
 
-def test_nan_is_seen(device):
-    pre = torch.tensor([[-1.0, torch.nan, 0.5]], device=device)
-    kept = above(pre, torch.zeros(3, device=device), 4)
-    assert kept.indices.tolist() == [[1, 2, -1, -1]]
-    assert kept.values[0, 0].isnan()
+def test_what_was_written_can_be_decoded(device, close):
+    pre, weight, bounds = torch.randn(5, 12), torch.randn(12, 7), torch.zeros(12, device=device)
+    offsets = torch.nn.functional.pad(count_above(pre.to(device), bounds).cumsum(0), (1, 0))
+    indices, values = torch.zeros(60, dtype=torch.int64, device=device), torch.zeros(60, device=device)
+    write_above(pre.to(device), bounds, offsets[:-1], indices, values)
+    close(gather_sum(indices, values, offsets, weight.to(device)), pre.double().relu() @ weight.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_is_seen(device, dtype):
+    pre, bounds = torch.tensor([[-1.0, torch.nan, 0.5]], dtype=dtype), torch.zeros(3)
+    assert count_above(pre.to(device), bounds.to(device)).tolist() == [2]
+    indices, values = write(pre, bounds, [0], 2, device)
+    assert indices == [1, 2]
+    assert values[0] != values[0]
 
 
 def test_wrong_arguments_are_named(device):
-    pre = torch.randn(2, 6, device=device)
-    with pytest.raises(UnweaveError, match=r"^above: capacity must be positive, got 0"):
-        above(pre, pre[0], 0)
-    with pytest.raises(UnweaveError, match=r"^above: bounds must have shape \(m=6\), got \(5,\)"):
-        above(pre, pre[0, :5], 2)
+    pre, starts = torch.randn(2, 6, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+    indices, values = torch.zeros(4, dtype=torch.int64, device=device), torch.zeros(4, device=device)
+    with pytest.raises(UnweaveError, match=r"^count_above: bounds must have shape \(m=6\), got \(5,\)"):
+        count_above(pre, pre[0, :5])
+    with pytest.raises(UnweaveError, match=r"^count_above: pre must be float32 or bfloat16, got float16"):
+        count_above(pre.half(), pre[0])
+    with pytest.raises(UnweaveError, match=r"^write_above: bounds must be float32, got bfloat16"):
+        write_above(pre, pre[0].bfloat16(), starts, indices, values)
+    with pytest.raises(UnweaveError, match=r"^write_above: starts must have shape \(n=2\), got \(1,\)"):
+        write_above(pre, pre[0], starts[:1], indices, values)
+    with pytest.raises(UnweaveError, match=r"^write_above: values must have shape \(room=4\), got \(3,\)"):
+        write_above(pre, pre[0], starts, indices, values[:3])
+    with pytest.raises(UnweaveError, match=r"^write_above: values must be float32, got bfloat16"):
+        write_above(pre.bfloat16(), pre[0], starts, indices, values.bfloat16())
+    with pytest.raises(UnweaveError, match=r"^write_above: indices is written in place and must be contiguous"):
+        write_above(pre, pre[0], starts, indices[::2], values[:2])

@@ -88,7 +88,7 @@ def test_the_started_programs_are_enough_for_every_piece(device, counts, seed):
 
 
 def test_room_that_was_not_filled_is_ignored(device, close):
-    """Entries beyond the last offset, as `pack` leaves them, belong to no row and to no latent."""
+    """Entries beyond the last offset, which are room that was not filled, belong to no row and to no latent."""
     indices = torch.tensor([0, 2, 1, -1, 7], device=device)
     values = torch.tensor([1.0, 2.0, 3.0, float("nan"), 5.0], device=device)
     offsets = torch.tensor([0, 2, 3], device=device)

@@ -4,8 +4,10 @@
     sddmm           the gradient of the codes: one dot product per active latent
     scatter_outer   codes.T @ grad, in two halves of which two gradients share the first: `transpose`, `segment_sum`
     squared_error   decode, residual, loss and code gradients of a row in one pass
-    topk, above, group_max, topk_screened    what is kept of a tile of pre-activations
-    adam_rows       moments, update, projection, renormalisation and the bf16 image of a matrix, row by row
+    topk, group_max, topk_screened    what is kept of a tile of pre-activations
+    count_above, write_above          the same, where nobody knows how much that is
+    finish_rows     the last things done to a decoder's gradient, and the squared norms of its rows
+    adam_rows       moments, update, renormalisation and the bf16 image of a matrix, row by row
 
 Three rules hold everywhere. No function waits for the device: shapes of results follow from shapes of arguments, and
 whatever depends on data (how many entries there are, whether a capacity was enough) stays on the device. No sum depends
@@ -18,25 +20,24 @@ This package is imported only where there is a CUDA device, or to be run by Trit
 (`TRITON_INTERPRET=1`, CPU tensors).
 """
 
-from unweave.kernels.triton.above import Above, above, pack
+from unweave.kernels.triton.above import count_above, write_above
 from unweave.kernels.triton.adam import adam_rows
-from unweave.kernels.triton.screened import Screened, topk_screened
+from unweave.kernels.triton.row_gradient import finish_rows
+from unweave.kernels.triton.screened import topk_screened
 from unweave.kernels.triton.sddmm import sddmm
 from unweave.kernels.triton.segment_sum import ByLatent, gather_sum, scatter_outer, segment_sum, transpose
 from unweave.kernels.triton.select import Chosen, group_max, topk
 from unweave.kernels.triton.squared_error import SquaredError, squared_error
 
 __all__ = [
-    "Above",
     "ByLatent",
     "Chosen",
-    "Screened",
     "SquaredError",
-    "above",
     "adam_rows",
+    "count_above",
+    "finish_rows",
     "gather_sum",
     "group_max",
-    "pack",
     "scatter_outer",
     "sddmm",
     "segment_sum",
@@ -44,4 +45,5 @@ __all__ = [
     "topk",
     "topk_screened",
     "transpose",
+    "write_above",
 ]

@@ -1,34 +1,20 @@
-"""Exact top-k at the speed of a bfloat16 product: a shortlist from the product, its values computed again in fp32.
+"""Top-k at the speed of a bfloat16 product: a shortlist from the product, its values computed again in fp32.
 
-The product misorders values that are closer than its error. If the error of every pre-activation of a row is at most
-`eps`, nothing outside the shortlist is larger than the shortlist's smallest screened value plus `eps`. Where the k-th
-largest exact value lies strictly above that, the selection is the one that an fp32 product would give.
+The product misorders values that are closer than its error. A latent that belongs to the k largest can be missed only
+if rounding puts more than `spare` others before it; where `k + spare` is at least the number of latents, nothing can.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from unweave.kernels.triton.launch import FLOAT_OR_BF16, Arguments
 from unweave.kernels.triton.sddmm import sddmm
-from unweave.kernels.triton.select import topk
+from unweave.kernels.triton.select import Chosen, topk
 
 SPARE = 8
-
-
-class Screened(NamedTuple):
-    """A selection made among exact values."""
-
-    indices: Int64[Tensor, "n k"]
-    """Latents, ascending."""
-    values: Float[Tensor, "n k"]
-    """Their pre-activations, computed in fp32."""
-    certified: Bool[Tensor, " n"]
-    """Whether the row's selection is proven to be that of exact pre-activations; on the device."""
 
 
 def topk_screened(
@@ -36,12 +22,11 @@ def topk_screened(
     x: Float[Tensor, "n d"],
     weight: Float[Tensor, "m d"],
     bias: Float[Tensor, " m"],
-    eps: Float[Tensor, " n"],
     k: int,
     *,
     spare: int = SPARE,
     magnitude: bool = False,
-) -> Screened:
+) -> Chosen:
     """The `k` largest of `x @ weight.T + bias` of each row, found with the help of a less exact product.
 
     Args:
@@ -49,28 +34,25 @@ def topk_screened(
         x: float32.
         weight: The encoder's weights latent by latent, float32.
         bias: float32.
-        eps: Bound of each row's errors in `pre`, float32; it should include the rounding of the fp32 values themselves.
         k: From 1 to m.
-        spare: Size of the shortlist beyond `k`. A row that is not certified needs more, or exact pre-activations.
+        spare: Size of the shortlist beyond `k`.
         magnitude: Whether sizes are compared instead of values.
+
+    Returns:
+        The selection, with the values of an fp32 product.
     """
     args = Arguments("topk_screened")
     args.take("pre", pre, "n m", *FLOAT_OR_BF16, gaps=True)
     args.take("x", x, "n d", torch.float32)
     args.take("weight", weight, "m d", torch.float32)
     args.take("bias", bias, "m", torch.float32)
-    args.take("eps", eps, "n", torch.float32)
     n, m = pre.shape
     args.require(1 <= k <= m, f"k must lie between 1 and the number of latents, {m}, got {k}.")
     args.require(spare >= 0, f"spare must not be negative, got {spare}.")
 
     width = min(k + spare, m)
-    shortlist = topk(pre, width, magnitude=magnitude)
+    shortlist = topk(pre, width, magnitude=magnitude).indices
     offsets = torch.arange(n + 1, device=pre.device) * width
-    exact = sddmm(shortlist.indices.flatten(), offsets, x, weight).view(n, width) + bias[shortlist.indices]
+    exact = sddmm(shortlist.flatten(), offsets, x, weight).view(n, width) + bias[shortlist]
     chosen = topk(exact, k, magnitude=magnitude)
-    indices = shortlist.indices.gather(1, chosen.indices)
-    if width == m:
-        return Screened(indices, chosen.values, torch.ones(n, dtype=torch.bool, device=pre.device))
-    seen, kept = (t.abs() if magnitude else t for t in (shortlist.values, chosen.values))
-    return Screened(indices, chosen.values, kept.amin(1) > seen.amin(1).float() + eps)
+    return Chosen(shortlist.gather(1, chosen.indices), chosen.values)
