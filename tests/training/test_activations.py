@@ -25,6 +25,7 @@ from unweave.sae import (
     TopK,
 )
 from unweave.training import SAEConfig, train_on
+from unweave.training.dead import revived
 from unweave.training.finish import finished_sae
 from unweave.training.fused import supports
 from unweave.training.trainee import Trainee
@@ -153,7 +154,7 @@ def test_the_fused_step_with_a_k_that_is_not_whole():
     if trainee.fused is None:
         pytest.skip("no compiled kernels")
     x = trainee.scale * features(255)
-    made, expected = trainee.fused(x.clone(), trainee.dead, 0.0, None), trainee._autograd(x, 1.0)
+    made, expected = trainee.fused(x.clone(), revived(trainee), 0.0, None), trainee._autograd(x, 1.0)
     assert made.l0 == expected.l0 == round(4.5 * 255)
     torch.testing.assert_close(made.loss, expected.loss)
     for name in ("b_enc", "b_dec"):

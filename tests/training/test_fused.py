@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -17,12 +18,17 @@ from unweave.models import Meter
 from unweave.objectives import L1, AuxK, GhostGradients, Matryoshka, MultiTopK, PreActivation, TargetL0
 from unweave.sae import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from unweave.training import SAEConfig, fused
+from unweave.training.dead import revived
 from unweave.training.optimizer import RowGrad
 from unweave.training.trainee import Trainee
 
 pytestmark = pytest.mark.filterwarnings("ignore:unweave runs without its compiled kernels")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether the kernels for GPUs are tested, by an interpreter that takes its time (tests/kernels/test_triton.py)."""
 # Nothing that a fixture sets up is changed by an example.
-many = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+many = settings(
+    deadline=None, max_examples=8 if INTERPRETED else 80, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +105,8 @@ def run(trainee, x, scale=0.7):
     trainee.fused.bound = None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "DENSE_ABOVE", 1.0)
-        step = trainee.fused(x.clone(), trainee.dead, scale * trainee.penalty, None)
+        patch.setattr(fused, "_ROOM", 1.0)
+        step = trainee.fused(x.clone(), revived(trainee), scale * trainee.penalty, None)
     # The next step writes its gradients into the same memory.
     return step._replace(grads=copy.deepcopy(step.grads))
 
@@ -309,7 +316,7 @@ class Densities:
         threshold = 0.0 if self.trainee.sae.threshold is None else 0.05
         self.trainee.sae.b_enc.data.fill_(threshold - self.ranked[round(density * len(self.ranked))].item())
         self.calls.clear()
-        made = self.trainee.fused(self.x.clone(), self.trainee.dead, 0.0, None)
+        made = self.trainee.fused(self.x.clone(), revived(self.trainee), 0.0, None)
         assert made.l0.item() == pytest.approx(density * len(self.ranked), rel=0.01)
         return bool(self.calls), self.trainee.fused.dense
 
@@ -352,7 +359,7 @@ def memory_of_a_step(monkeypatch, config, n, d):
     trainee, x = make(config, n=n, d=d)
     monkeypatch.setattr(scratch._pool, "buffers", {})
     with Meter() as meter:
-        step = trainee.fused(x, trainee.dead, 0.0, None)
+        step = trainee.fused(x, revived(trainee), 0.0, None)
     assert all(g.slot is None for g in step.grads.values() if isinstance(g, RowGrad))
     return meter.peak - 2 * 4 * d * config.d_sae
 
@@ -449,7 +456,7 @@ def test_a_guess_of_the_smallest_winner_changes_no_bit():
     trainee, x = make(SAEConfig(d_sae=96, activation=BatchTopK(4)), n=256, d=24)
     twin = copy.deepcopy(trainee)
     for size in (1.0, 1.001, 0.999, 0.5, 2.0, 0.01, 1.0):
-        guessing = trainee.fused(size * x, trainee.dead, 0.0, None)
+        guessing = trainee.fused(size * x, revived(trainee), 0.0, None)
         guessing = guessing._replace(grads=copy.deepcopy(guessing.grads))
         afresh = run(twin, size * x)
         assert torch.equal(guessing.loss, afresh.loss)
@@ -462,7 +469,7 @@ def test_a_guess_is_as_close_as_the_smallest_winner_moves():
 
     def margin_after(*sizes):
         for size in sizes:
-            trainee.fused(size * x, trainee.dead, 0.0, None)
+            trainee.fused(size * x, revived(trainee), 0.0, None)
         return trainee.fused.margin
 
     assert margin_after(1.0) == fused._WIDEST_MARGIN

@@ -1,15 +1,11 @@
-"""Which latents are dead, without a wait for the device of its own.
-
-A GPU works behind its host, which loses its lead whenever it asks how many entries something has. A step asks once, for
-the norm of its gradient; how many latents will be dead after it comes along with the answer, for the next step.
-"""
+"""Which latents are dead, without a wait for the device of its own: steps count them for later ones (`clip`)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -24,28 +20,30 @@ def revives(trainee: Trainee) -> bool:
 
 def dead_latents(trainee: Trainee) -> Int64[Tensor, " c"]:
     """The dead latents, ascending. The host waits for the device only if no step has counted them."""
-    dead, known = trainee.dead, trainee.dead_counted
-    count = known[0] if known is not None and known[1:] == state_of(trainee.tokens_since_fired) else int(dead.sum())
-    ranks = torch.arange(1, count + 1, device=dead.device)
-    return torch.searchsorted(dead.cumsum(0), ranks)
+    known = None if trainee.readback is not None else _known(trainee)
+    return _first(trainee.dead, int(trainee.dead.sum()) if known is None else known)
 
 
-def read_norm(
-    trainee: Trainee, norm: Float[Tensor, ""], fired: Bool[Tensor, " d_sae"], n: int
-) -> tuple[float, int | None]:
-    """The norm of a step's gradient, and how many latents are dead after the step if the next one is going to ask.
+def revived(trainee: Trainee) -> Int64[Tensor, " c"]:
+    """The latents that AuxK revives in a fused step, ascending; none where there is no AuxK.
 
-    Args:
-        trainee: What is trained, as it was before the step.
-        norm: On the device.
-        fired: The latents that fired in the step.
-        n: Its tokens.
+    A GPU's host knows how many they were some steps ago. Where fewer are left, `d_sae` takes the place of the others;
+    where there are more, the last ones come later.
     """
-    if trainee.fused is not None or not revives(trainee):
-        return norm.item(), None
-    dead = (trainee.tokens_since_fired + n >= trainee.dead_after) & ~fired
-    read, count = torch.stack([norm.double(), dead.sum().double()]).tolist()
-    return read, int(count)
+    if not trainee.k_aux:
+        return trainee.tokens_since_fired[:0]
+    known = _known(trainee)
+    return dead_latents(trainee) if known is None else _first(trainee.dead, known)
+
+
+def _known(trainee: Trainee) -> int | None:
+    """How many latents were dead when they were last counted, unless somebody else changed them since."""
+    counted = trainee.dead_counted
+    return counted[0] if counted is not None and counted[1:] == state_of(trainee.tokens_since_fired) else None
+
+
+def _first(dead: Bool[Tensor, " d_sae"], count: int) -> Int64[Tensor, " count"]:
+    return torch.searchsorted(dead.cumsum(0), torch.arange(1, count + 1, device=dead.device))
 
 
 def state_of(tensor: Tensor) -> tuple[int, int]:

@@ -6,7 +6,8 @@ the products round to 8 bits: gradients are bf16's, unlike those of sparse execu
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from unweave import kernels
 from unweave._errors import UnweaveError
-from unweave.kernels import cpu
-from unweave.kernels.scratch import LIKE_W_DEC, LIKE_W_ENC, scratch
+from unweave.kernels.dispatch import compiled
+from unweave.kernels.scratch import LIKE_W_DEC, LIKE_W_ENC, scratch_like
 from unweave.objectives import L1, TargetL0
 from unweave.sae import SAE, JumpReLU
 from unweave.training.config import SAEConfig
@@ -49,32 +50,34 @@ def auxk_gradients(
         coefficient: Of the loss.
         residual: What the main codes leave over.
         centred: Inputs of the encoder.
-        latents: The dead ones.
+        latents: The dead ones; `d_sae` stands for none.
         k: How many a token uses.
         low: Whether products are made in bf16.
     """
+    ops: Any = compiled("training step", residual)
     dtype, d, c = torch.bfloat16 if low else torch.float32, residual.shape[1], len(latents)
-    W_dec, W_enc = sae.W_dec.detach()[latents].to(dtype), sae.W_enc.detach().T[latents].to(dtype)
-    bias = sae.b_enc.detach()[latents].to(dtype)
+    exists, own = latents < sae.d_sae, latents.clamp(max=sae.d_sae - 1)
+    W_dec, W_enc = sae.W_dec.detach()[own].to(dtype), sae.W_enc.detach().T[own].to(dtype)
+    bias = torch.where(exists, sae.b_enc.detach()[own], -torch.inf).to(dtype)  # what does not exist stays silent
     spread = kernels.spread(residual)
-    weight = coefficient * d * min(1.0, c / k) / spread if spread > 0 else residual.new_zeros(())
+    weight = torch.where(spread > 0, coefficient * d * min(1.0, c / k) / spread, 0.0)
     loss, none, g_bias = residual.new_zeros(()), residual.new_zeros(c), residual.new_zeros(c)
-    g_dec, g_enc = (scratch(f"gradient of dead {name}", (c, d)).zero_() for name in ("W_dec", "W_enc"))
+    g_dec, g_enc = (scratch_like(residual, f"gradient of dead {name}", (c, d)).zero_() for name in ("W_dec", "W_enc"))
     rows = _auxk_rows(len(residual), c)
-    rooms = [scratch(name, (min(rows, len(residual)), c), dtype) for name in _ROOMS]
+    rooms = [scratch_like(residual, name, (min(rows, len(residual)), c), dtype) for name in _ROOMS]
     for e, x in zip(residual.split(rows), centred.split(rows), strict=True):
         x = x.to(dtype)
         codes, back = (room[: len(x)] for room in rooms)
         torch.addmm(bias, x, W_enc.T, out=codes)
         if k < c:
-            cpu.keep_largest_(codes, k)
+            ops.keep_largest_(codes, k)
         else:
             codes.relu_()
         error = (codes @ W_dec).float().sub_(e)
         loss = loss + weight * kernels.squared_norm(error)
         out = error.mul_(2 * weight).to(dtype)
         torch.mm(out, W_dec.T, out=back)
-        cpu.dense_back(back, codes, none, none, 0.0, g_bias, none, none)
+        ops.dense_back(back, codes, none, none, 0.0, g_bias, none, none)
         _add_products(g_dec, codes, out)
         _add_products(g_enc, back, x)
     return Aux(loss, latents, g_dec, g_enc, g_bias)
@@ -100,8 +103,8 @@ def _auxk_rows(n: int, c: int) -> int:
 def dense_gradients(
     sae: SAE, config: SAEConfig, centred: Float[Tensor, "n d_in"], latents: Int64[Tensor, " c"], k_aux: int,
     penalty: float, low: bool,
-) -> tuple[Step, float]:  # fmt: skip
-    """A step of a ReLU or JumpReLU SAE by dense products, and the density of its codes.
+) -> Step:  # fmt: skip
+    """A step of a ReLU or JumpReLU SAE by dense products.
 
     Args:
         sae: The SAE.
@@ -112,7 +115,9 @@ def dense_gradients(
         penalty: Coefficient of the sparsity term.
         low: Whether products are made in bf16.
     """
+    ops: Any = compiled("training step", centred)
     dtype, (n, d), m = torch.bfloat16 if low else torch.float32, centred.shape, sae.d_sae
+    scratch = partial(scratch_like, centred)
     rows_dec, rows_enc = sae.W_dec.detach(), sae.W_enc.detach().T
     W_dec, W_enc = (
         w if w.dtype == dtype else scratch(name, (m, d), dtype).copy_(w)
@@ -139,18 +144,18 @@ def dense_gradients(
         pre, codes, inputs, out, error = (room[: len(target)] for room in (*rooms, errors))
         inputs.copy_(target)
         torch.addmm(bias, inputs, W_enc.T, out=pre)
-        if not cpu.dense_codes(pre, theta, codes, active, sums):
+        if not ops.dense_codes(pre, theta, codes, active, sums):
             bad = int((~pre.isfinite()).any(1).nonzero()[0])
             raise UnweaveError(f"training step: pre-activations of row {start + bad} are NaN or infinite.")
         error.copy_(torch.mm(codes, W_dec, out=out)).sub_(target)
         squared_error += kernels.squared_norm(error)
         if residual is not None:
             torch.neg(error, out=residual[rows])
-        out_sum += cpu.sum_rows(error.mul_(2 / n))
+        out_sum += ops.sum_rows(error.mul_(2 / n))
         out.copy_(error)
         _add_products(g_dec, codes, out)
         back = torch.mm(out, W_dec.T, out=codes)  # which are done with
-        cpu.dense_back(back, pre, theta, add, jump.bandwidth / 2 if jump else 0.0, g_bias, windows, towards)
+        ops.dense_back(back, pre, theta, add, jump.bandwidth / 2 if jump else 0.0, g_bias, windows, towards)
         _add_products(g_enc, back, inputs)
 
     loss, l0 = (squared_error / n).float(), kernels.ordered_sum(active)
@@ -164,29 +169,35 @@ def dense_gradients(
     if residual is not None:
         aux = auxk_gradients(sae, config.auxk.coefficient, residual, centred, latents, k_aux, low)
         loss = loss + aux.loss
-        g_dec[latents] += aux.W_dec
-        g_enc[latents] += aux.W_enc
-        g_bias[latents] += aux.b_enc
+        for total, own in ((g_dec, aux.W_dec), (g_enc, aux.W_enc), (g_bias, aux.b_enc)):
+            add_rows_(total, aux.latents, own)
     if config.decoder_is_unit:
         products = scratch("weight products", (min(CHUNK_LATENTS, m), d))
         for g, w in zip(g_dec.split(CHUNK_LATENTS), rows_dec.split(CHUNK_LATENTS), strict=True):
             along = torch.mul(g, w, out=products[: len(g)]).sum(1)
             g.addcmul_(along[:, None], w, value=-1)
     grads: dict[str, Tensor | RowGrad] = {
-        "W_dec": g_dec, "W_enc": g_enc.T, "b_enc": g_bias, "b_dec": out_sum - cpu.sum_rows(rows_enc, g_bias),
+        "W_dec": g_dec, "W_enc": g_enc.T, "b_enc": g_bias, "b_dec": out_sum - ops.sum_rows(rows_enc, g_bias),
     }  # fmt: skip
     if jump is not None:
         grads["threshold"] = towards
     squares = squares_of(grads)
-    return Step(loss, squared_error, l0, active > 0, None, grads, squares), l0.item() / (n * m)
+    return Step(loss, squared_error, l0, active > 0, None, grads, squares, l0 / (n * m))
+
+
+def add_rows_(total: Float[Tensor, "m ..."], latents: Int64[Tensor, " c"], rows: Float[Tensor, "c ..."]) -> None:
+    """Add rows to those of some latents, in place; a latent that does not exist stands for rows of zeros."""
+    total.index_add_(0, latents.clamp(max=len(total) - 1), rows)
 
 
 def _add_products(total: Float[Tensor, "m d"], codes: Float[Tensor, "r m"], x: Float[Tensor, "r d"]) -> None:
-    """Add `codes.T @ x` in place, a few latents at a time, whose products are still in cache when they are added."""
-    products = scratch("weight products", (min(CHUNK_LATENTS, len(total)), total.shape[1]), codes.dtype)
-    for rows, some in zip(total.split(CHUNK_LATENTS), codes.split(CHUNK_LATENTS, dim=1), strict=True):
+    """Add `codes.T @ x` in place: on a CPU a few latents at a time, whose products are still in cache when added."""
+    ops: Any = compiled("training step", total)
+    count = min(CHUNK_LATENTS, len(total)) if total.device.type == "cpu" else len(total)
+    products = scratch_like(total, "weight products", (count, total.shape[1]), codes.dtype)
+    for rows, some in zip(total.split(count), codes.split(count, dim=1), strict=True):
         product = torch.mm(some.T, x, out=products[: len(rows)])
         if product.dtype == torch.bfloat16:
-            cpu.add_halves_(rows, product)
+            ops.add_halves_(rows, product)
         else:
             rows += product

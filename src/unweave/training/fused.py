@@ -2,29 +2,34 @@
 
 The same numbers as `Trainee.loss` and its backward pass, in fewer passes over memory: decode, residual, loss and the
 codes' gradients row by row; both weight gradients latent by latent, with what penalties and projections add to them.
-Runs where the compiled kernels do; everything else goes through autograd.
+Runs where the compiled kernels do; everything else goes through autograd. On a GPU its host waits for nothing, unless
+tokens of a batch are ranked against each other (BatchTopK).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from types import ModuleType
+from typing import TypeGuard
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import pad
 
 from unweave import kernels
 from unweave.kernels import cpu
-from unweave.kernels.dispatch import backend
-from unweave.kernels.scratch import LIKE_W_DEC, LIKE_W_ENC, forget, scratch
+from unweave.kernels.dispatch import backend, compiled
+from unweave.kernels.scratch import LIKE_W_ENC, forget, scratch, scratch_like
 from unweave.kernels.screen import kind_of
 from unweave.objectives import L1, RandomMatryoshka, TargetL0
 from unweave.sae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from unweave.training.config import SAEConfig
-from unweave.training.dense import DENSE_SCRATCH, Aux, auxk_bytes, auxk_gradients, dense_gradients
-from unweave.training.optimizer import RowGrad, squares_of
+from unweave.training.dense import DENSE_SCRATCH, add_rows_, auxk_bytes, auxk_gradients, dense_gradients
+from unweave.training.optimizer import squares_of
 from unweave.training.step import Step
+from unweave.training.weight_gradients import weight_gradients
 
 SPARSE_BELOW, DENSE_ABOVE = 0.04, 0.06
 """Densities at which execution changes from dense to sparse and back; between them it stays as it is."""
@@ -33,6 +38,10 @@ _NARROWEST_MARGIN, _WIDEST_MARGIN = 0.005, 0.03
 """Bounds of `Fused.margin`. A wide one computes more for nothing; with a narrow one more products are made twice."""
 _ENTRY_BYTES = 45
 """What a sparse step takes for each code at its peak: indices, values, gradients, and their order by latent."""
+_ROOM = 2 * DENSE_ABOVE
+"""Share of all entries that a GPU has room for in a sparse step, since it learns only later how many there were."""
+_WIDEST_ON_GPU = 1 << 15
+"""Width of the rows that one program of a GPU's kernels takes whole."""
 
 
 def supports(config: SAEConfig, sae: SAE) -> bool:
@@ -47,7 +56,9 @@ def supports(config: SAEConfig, sae: SAE) -> bool:
     others = config.multi_topk or config.ghost or config.pre_act or config.reanimation or config.k_schedule
     plain = plain and not isinstance(config.matryoshka, RandomMatryoshka)
     plain = plain and not sae.glu
-    return type(sae) is SAE and plain and not others and backend("training step", sae.W_dec, sae.b_dec) == "cpu"
+    own = backend("training step", sae.W_dec, sae.b_dec)
+    runs = own == "cpu" or (own == "cuda" and sae.d_in <= _WIDEST_ON_GPU)
+    return type(sae) is SAE and plain and not others and runs
 
 
 @dataclass
@@ -65,6 +76,8 @@ class Fused:
     config: SAEConfig
     widths: tuple[int, ...] = ()
     k_aux: int = 0
+    ends: Tensor | None = None
+    """`widths`, on the device."""
     dense: bool = False
     """Whether the last step was dense enough for dense products."""
     begun: bool = False
@@ -74,25 +87,31 @@ class Fused:
     margin: float = _WIDEST_MARGIN
     """How far below it that of the next batch is looked for, as a share: as far as it moved in the last few steps."""
 
+    @property
+    def ops(self) -> ModuleType:
+        """The kernels of the device."""
+        return compiled("training step", self.sae.W_dec) or cpu
+
     def __call__(
-        self, x: Float[Tensor, "n d_in"], dead: Bool[Tensor, " d_sae"], penalty: float, screen: kernels.Screen | None
+        self, x: Float[Tensor, "n d_in"], latents: Int64[Tensor, " c"], penalty: float, screen: kernels.Screen | None
     ) -> Step:
         """Loss and gradients of a batch; the next step or encoding of any SAE uses the gradients' memory again.
 
         Args:
             x: Inputs at the scale of training. `b_dec` is taken from them, so that they need no second place.
-            dead: Latents that AuxK revives.
+            latents: Those that AuxK revives, ascending; `d_sae` stands for none.
             penalty: Coefficient of the sparsity term, its schedule included.
             screen: Of the encoder as it is now; None: it is made.
 
         Raises:
             TooDense: If a gate is open so often that dense products are faster.
         """
-        low = kernels.low(self.config.precision, "cpu")
+        low = kernels.low(self.config.precision, x.device.type)
+        if self.widths and self.ends is None:
+            self.ends = torch.tensor(self.widths, device=x.device)
         centred = x.sub_(self.sae.b_dec.detach())
-        latents = dead.nonzero().flatten() if self.k_aux else dead.new_empty(0, dtype=torch.int64)
         # The precision is the configuration's, whatever surrounds the step.
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if not self.begun:
                 self.begun, self.dense = True, self.dense or self._surely_dense(centred)
             if not self.dense:
@@ -101,15 +120,23 @@ class Fused:
                 except kernels.TooDense:
                     if isinstance(self.config.activation, Gated):
                         raise  # its dense form is autograd's
-            step, density = dense_gradients(self.sae, self.config, centred, latents, self.k_aux, penalty, low)
-        self.dense = density > SPARSE_BELOW
-        if not self.dense:
-            forget(*DENSE_SCRATCH)  # sparse steps need the memory for other things
+                    self.dense = True
+            step = dense_gradients(self.sae, self.config, centred, latents, self.k_aux, penalty, low)
+        if self.ops is cpu:
+            assert step.density is not None
+            self.observe(step.density.item())
         return step
+
+    def observe(self, density: float) -> None:
+        """Learn the density of a step, which decides how the next ones are computed; a GPU's is told by the caller."""
+        was_dense = self.dense
+        self.dense = density > (SPARSE_BELOW if was_dense else DENSE_ABOVE)
+        if was_dense and not self.dense:
+            forget(*DENSE_SCRATCH)  # sparse steps need the memory for other things
 
     def revival_bytes(self, n: int, c: int) -> int:
         """Memory that a step of `n` tokens takes besides once `c` latents are dead."""
-        low = kernels.low(self.config.precision, "cpu")
+        low = kernels.low(self.config.precision, self.sae.device.type)
         return auxk_bytes(n, self.sae.d_in, c, low) if self.k_aux else 0
 
     def sparse_bytes(self, n: int) -> tuple[int, int]:
@@ -122,22 +149,34 @@ class Fused:
         """Whether a few rows are so dense that a sparse step, which leaves memory behind, need not be tried first."""
         sae, rows = self.sae, centred[:: max(1, len(centred) // _FIRST_ROWS)][:_FIRST_ROWS]
         spec = sae.activation.selection(sae.threshold, len(rows))
-        if not isinstance(spec, kernels.Above) or self.widths or isinstance(self.config.activation, Gated):
+        if not self._switches(spec):
             return False
         above = torch.addmm(sae.b_enc, rows, sae.W_enc) > spec.bounds
         return above.float().mean().item() > 2 * DENSE_ABOVE
 
-    def _select(self, centred: Tensor, screen: kernels.Screen | None) -> kernels.Selection:
+    def _switches(self, spec: kernels.Spec) -> TypeGuard[kernels.Above]:
+        """Whether steps can be dense ones."""
+        # Matryoshka stays sparse: each of its prefixes would take dense products of its own.
+        return isinstance(spec, kernels.Above) and not self.widths and not isinstance(self.config.activation, Gated)
+
+    def _select(self, centred: Tensor, screen: kernels.Screen | None, low: bool) -> kernels.Selection:
         sae, config = self.sae, self.config
-        spec = sae.activation.selection(sae.threshold, len(centred))
+        spec, on_cpu = sae.activation.selection(sae.threshold, len(centred)), self.ops is cpu
+        if not on_cpu:
+            from unweave.kernels import encode_cuda
+
+            if isinstance(spec, kernels.Largest):
+                return encode_cuda.largest(centred, sae.W_enc, sae.b_enc, spec, low)
+            if self._switches(spec):
+                room = math.ceil(_ROOM * len(centred) * sae.d_sae)
+                return encode_cuda.above(centred, sae.W_enc, sae.b_enc, spec.bounds, low, room)
         if isinstance(spec, kernels.LargestOfBatch):
             hint = spec.hint if self.bound is None else (1 - self.margin) * self.bound
             spec = kernels.LargestOfBatch(spec.budget, hint)
-        # Matryoshka stays sparse: each of its prefixes would take dense products of its own.
-        switches = isinstance(spec, kernels.Above) and not self.widths
+        sparse_only = not isinstance(spec, kernels.Above) or self.widths
         found = kernels.encode_select(
-            centred, sae.W_enc, sae.b_enc, spec, precision=config.precision, screen=screen,
-            max_density=DENSE_ABOVE if switches else 1.0,
+            centred, sae.W_enc, sae.b_enc, spec, screen=screen, max_density=1.0 if sparse_only else DENSE_ABOVE,
+            precision=config.precision if on_cpu else "bf16" if low else "fp32",
         )  # fmt: skip
         if isinstance(spec, kernels.LargestOfBatch):
             before, self.bound = self.bound, found.values.min().item() if len(found.values) == spec.budget else None
@@ -151,8 +190,12 @@ class Fused:
     ) -> Step:
         sae, config, (n, d), m = self.sae, self.config, centred.shape, self.sae.d_sae
         # The error is that of the centred reconstruction of what is centred.
-        W_dec, no_bias = sae.W_dec.detach(), centred.new_zeros(d)
-        counts, indices, pre = self._select(centred, screen)
+        W_dec, no_bias, ops = sae.W_dec.detach(), centred.new_zeros(d), self.ops
+        counts, indices, pre = self._select(centred, screen, low)
+        density = fits = None
+        if ops is not cpu and self._switches(sae.activation.selection(sae.threshold, n)):
+            found = counts.sum()
+            density, fits = found / (n * m), found <= len(indices)
         theta = window = None
         if isinstance(sae.activation, JumpReLU):
             theta = sae.threshold.detach()[indices]  # type: ignore[union-attr]
@@ -167,17 +210,18 @@ class Fused:
         codes = magnitudes.mul_(on)  # there are many: what can be is done in place
 
         groups = len(self.widths) or 1
-        offsets = pad((counts if groups == 1 else _counts_by_group(indices, counts, self.widths)).cumsum(0), (1, 0))
-        by_latent = cpu.transpose(indices, offsets, m)
+        rows = pad(counts.cumsum(0), (1, 0)).clamp_(max=len(indices))
+        offsets = rows if self.ends is None else _cut(indices, rows, self.ends)
+        by_latent = ops.transpose(indices, offsets, m)
         scales = centred.new_full((groups,), 2 / (n * groups))
-        residual = scratch("residual", centred.shape) if len(latents) else None
+        residual = scratch_like(centred, "residual", centred.shape) if len(latents) else None
         # The output's gradient takes the memory of W_enc's, which is made when that of the output is done with.
-        room, gate = scratch(LIKE_W_ENC, (n * groups, d)), None
+        room, gate = scratch(LIKE_W_ENC, (n * groups, d)) if ops is cpu else None, None
         if isinstance(config.activation, Gated):
             # The gate reconstructs by itself, with the decoder frozen: its output's gradient is not used.
-            rows, scale = pad(counts.cumsum(0), (1, 0)), centred.new_full((1,), 2 / n)
-            gate = cpu.squared_error_rows(indices, pre, rows, scale, W_dec, no_bias, centred, None, room[:n])
-        errors, grad, code_grad = cpu.squared_error_rows(
+            scale, into = centred.new_full((1,), 2 / n), None if room is None else room[:n]
+            gate = ops.squared_error_rows(indices, pre, rows, scale, W_dec, no_bias, centred, None, into)
+        errors, grad, code_grad = ops.squared_error_rows(
             indices, codes, offsets, scales, W_dec, no_bias, centred, residual, room
         )
         loss = kernels.ordered_sum(errors) / (n * groups)
@@ -188,12 +232,12 @@ class Fused:
         if gate is not None:
             loss = loss + kernels.ordered_sum(gate.errors) / n
             code_grad *= on
-            own["b_mag"] = cpu.sum_by_latent(by_latent, code_grad)
+            own["b_mag"] = ops.sum_by_latent(by_latent, code_grad)
             code_grad *= gain[indices]
-            own["r_mag"] = cpu.sum_by_latent(by_latent, (-sae.b_enc.detach())[indices].add_(pre).mul_(code_grad))
+            own["r_mag"] = ops.sum_by_latent(by_latent, (-sae.b_enc.detach())[indices].add_(pre).mul_(code_grad))
             penalised, penalised_grad = pre, gate.code_grad
         if isinstance(config.sparsity_term, L1):
-            norms, sums = W_dec.norm(dim=1), cpu.sum_by_latent(by_latent, penalised)
+            norms, sums = W_dec.norm(dim=1), ops.sum_by_latent(by_latent, penalised)
             loss = loss + penalty / n * kernels.ordered_sum(sums * norms)
             penalised_grad += (penalty / n * norms)[indices]
             along = penalty / n * sums / norms.clamp(min=torch.finfo(norms.dtype).tiny)
@@ -206,74 +250,39 @@ class Fused:
                 value, slope = TargetL0.of(l0 / n / target - 1)
                 loss = loss + penalty * value
                 towards -= penalty * slope / (target * n)
-            own["threshold"] = cpu.sum_by_latent(by_latent, towards.mul_(window).div_(sae.activation.bandwidth))
+            own["threshold"] = ops.sum_by_latent(by_latent, towards.mul_(window).div_(sae.activation.bandwidth))
 
         aux = None
         if residual is not None:
             aux = auxk_gradients(sae, config.auxk.coefficient, residual, centred, latents, self.k_aux, low)
             loss = loss + aux.loss
         pre_grad = code_grad.mul_(on) if gate is None else code_grad.add_(gate.code_grad)
-        out_sum = cpu.sum_rows(grad.view(n, groups, d)[:, 0])
-        grads, squares = self._weight_gradients(by_latent, codes, pre_grad, grad, centred, aux, along)
-        sums_of_pre = cpu.sum_by_latent(by_latent, pre_grad)
+        out_sum = ops.sum_rows(grad.view(n, groups, d)[:, 0])
+        grads, squares = weight_gradients(
+            by_latent, codes, pre_grad, grad, centred, W_dec,
+            groups=groups, aux=aux, along=along, project=config.decoder_is_unit,
+        )  # fmt: skip
+        sums_of_pre = ops.sum_by_latent(by_latent, pre_grad)
         # A gate's bias is taken out of the magnitudes again.
-        b_enc_grad = sums_of_pre.clone() if gate is None else cpu.sum_by_latent(by_latent, gate.code_grad)
+        b_enc_grad = sums_of_pre.clone() if gate is None else ops.sum_by_latent(by_latent, gate.code_grad)
         if aux is not None:
-            sums_of_pre[latents] += aux.b_enc
-            b_enc_grad[latents] += aux.b_enc
+            add_rows_(sums_of_pre, latents, aux.b_enc)
+            add_rows_(b_enc_grad, latents, aux.b_enc)
         grads["b_enc"] = b_enc_grad
-        grads["b_dec"] = out_sum - cpu.sum_rows(sae.W_enc.detach().T, sums_of_pre)
+        grads["b_dec"] = out_sum - ops.sum_rows(sae.W_enc.detach().T, sums_of_pre)
         grads |= own
         squares = squares + squares_of(grads)
-        fired = cpu.sum_by_latent(by_latent, on) > 0
+        fired = ops.sum_by_latent(by_latent, on) > 0
         smallest = None
         if isinstance(config.activation, BatchTopK):
             smallest = codes.min() if len(codes) else None  # all of them are positive
-        return Step(loss, kernels.ordered_sum(errors[:, -1]), l0, fired, smallest, grads, squares)
-
-    def _weight_gradients(
-        self, by_latent: kernels.Transposed, codes: Tensor, pre_grad: Tensor, grad: Tensor, centred: Tensor,
-        aux: Aux | None, along: Tensor | None,
-    ) -> tuple[dict[str, Tensor | RowGrad], Tensor]:  # fmt: skip
-        """Gradients of W_dec and W_enc, of the latents that have one, and the sum of their squares.
-
-        `grad` may lie where the gradient of W_enc comes, and is overwritten then.
-        """
-        m, d = self.sae.W_dec.shape
-        touched = by_latent.offsets.diff() > 0
-        if aux is not None:
-            touched[aux.latents] = True
-        latents = slot = start_dec = start_enc = None
-        if int(touched.sum()) < m // 2:  # a wide dictionary and few tokens: no memory for the others' zeros
-            latents = touched.nonzero().flatten()
-            slot = _slots(latents, m)
-            out = centred.new_empty(len(latents), d), centred.new_empty(len(latents), d)
-        else:
-            out = scratch(LIKE_W_DEC, (m, d)), scratch(LIKE_W_ENC, (m, d))
-        if aux is not None:
-            slot_aux = _slots(aux.latents, m)
-            start_dec, start_enc = (aux.W_dec, slot_aux), (aux.W_enc, slot_aux)
-        squares = centred.new_empty(2, len(out[0]))
-        cpu.scatter_outer(
-            by_latent, codes, grad, latents=latents, start=start_dec,
-            weight=self.sae.W_dec.detach(), along=along, project=self.config.decoder_is_unit, out=out[0],
-            squares=squares[0],
-        )  # fmt: skip
-        cpu.scatter_outer(
-            by_latent, pre_grad, centred, latents=latents, rows_per_x=len(self.widths) or 1,
-            start=start_enc, out=out[1], squares=squares[1],
-        )  # fmt: skip
-        return {"W_dec": RowGrad(out[0], slot), "W_enc": RowGrad(out[1], slot)}, cpu.total(squares)
+        return Step(loss, kernels.ordered_sum(errors[:, -1]), l0, fired, smallest, grads, squares, density, fits)
 
 
-def _slots(latents: Tensor, m: int) -> Tensor:
-    slot = latents.new_full((m,), -1)
-    slot[latents] = torch.arange(len(latents), device=latents.device)
-    return slot
-
-
-def _counts_by_group(indices: Tensor, counts: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """How many entries each row has in each block of latents, `(n * groups,)`."""
-    rows = torch.repeat_interleave(torch.arange(len(counts)), counts, output_size=len(indices))
-    group = torch.bucketize(indices, indices.new_tensor(widths), right=True)
-    return torch.bincount(rows * len(widths) + group, minlength=len(counts) * len(widths))
+def _cut(indices: Int64[Tensor, " nnz"], rows: Int64[Tensor, " n+1"], ends: Int64[Tensor, " p"]) -> Tensor:
+    """Where the entries of each row and block of latents begin, `(n * p + 1,)`."""
+    n, p = len(rows) - 1, len(ends)
+    # Entries beyond the last row, if there is more room than entries, have row n, whose only block is counted and left.
+    row = torch.searchsorted(rows, torch.arange(len(indices), device=rows.device), right=True) - 1
+    counts = kernels.counts_of(row * p + torch.bucketize(indices, ends, right=True), n * p + 1)
+    return pad(counts[:-1].cumsum(0), (1, 0))

@@ -41,6 +41,14 @@ def squares_of(grads: Mapping[str, Tensor | RowGrad]) -> Float[Tensor, ""]:
     return torch.stack(rows).sum()
 
 
+@torch.no_grad()
+def remove_parallel_part(W_dec: Tensor) -> None:
+    """Take out of each row's gradient what would only change the row's norm; rows have unit norm."""
+    assert W_dec.grad is not None
+    along = torch.linalg.vecdot(W_dec.grad, W_dec)
+    W_dec.grad.addcmul_(along[:, None], W_dec, value=-1)
+
+
 class Adam:
     """Adam with a learning rate for each parameter.
 
@@ -67,7 +75,7 @@ class Adam:
         grads: Mapping[str, Tensor | RowGrad],
         rates: Mapping[str, float],
         *,
-        grad_scale: float = 1.0,
+        grad_scale: float | Float[Tensor, ""] = 1.0,
         unit: str | None = None,
         screen: tuple[str, kernels.Precision] | None = None,
         instead_of: kernels.Screen | None = None,
@@ -77,7 +85,7 @@ class Adam:
         Args:
             grads: Gradient of each parameter.
             rates: Learning rate of each parameter.
-            grad_scale: Multiplies the gradients (clipping).
+            grad_scale: Multiplies the gradients (clipping). With a tensor that is NaN nothing is changed.
             unit: Parameter whose rows are brought back to norm 1, or whose blocks' (`W_dec.0`, `W_dec.1`, ...) are.
             screen: Parameter for whose rows a `Screen` is returned, and of which precision.
             instead_of: The screen before, whose memory may be overwritten.

@@ -26,3 +26,7 @@ class Step(NamedTuple):
     """By parameter; what would only change the norm of a unit decoder row is taken out."""
     squares: Tensor
     """Squared norm of all gradients together."""
+    density: Float[Tensor, ""] | None = None
+    """Share of entries that are active, or that a GPU's product has kept, where `Fused.observe` is to know it."""
+    fits: Bool[Tensor, ""] | None = None
+    """Whether there was room for them all; if not, the step is not to be used. None: there was."""

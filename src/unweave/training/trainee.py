@@ -6,7 +6,6 @@ arguments of the step they act on, and everything that a later step depends on i
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -21,14 +20,16 @@ from unweave._errors import UnweaveError
 from unweave.kernels.scratch import scratch
 from unweave.objectives import Matryoshka
 from unweave.sae import SAE, ArchetypalDictionary, Normalization, TemporalSAE
+from unweave.training.clip import check_pending, clip_factor
 from unweave.training.config import SAEConfig
-from unweave.training.dead import read_norm, state_of
+from unweave.training.dead import revived, state_of
 from unweave.training.dictionary import archetypal_atoms, hand_over, renew
 from unweave.training.fresh import fresh_coder, scale_of, take_over
 from unweave.training.fused import Fused, supports
 from unweave.training.log_threshold import as_logarithm, step_in_log
 from unweave.training.loss import training_loss
-from unweave.training.optimizer import Adam, squares_of
+from unweave.training.optimizer import Adam, remove_parallel_part, squares_of
+from unweave.training.readback import Readback, runs_behind
 from unweave.training.resampling import resample
 from unweave.training.schedules import learning_rate_factor, warmup_factor
 from unweave.training.sparsity import Sparsity
@@ -123,6 +124,8 @@ class Trainee:
         # A subclass with a loss of its own goes through autograd.
         fuses = type(self).loss is Trainee.loss and supports(config, self.sae)
         self.fused = Fused(self.sae, config, self.widths, self.k_aux) if fuses else None
+        self.readback = Readback() if self.fused is not None and runs_behind(self.sae.W_dec) else None
+        """What a GPU has yet to say of the last fused steps; None where the host knows at once."""
         self._screen: kernels.Screen | None = None
         self._screen_of = (0, 0)
         self.dead_counted: tuple[int, int, int] | None = None
@@ -160,7 +163,7 @@ class Trainee:
         with torch.no_grad():
             if self.config.decoder_is_unit:
                 for block in sae.decoders:
-                    _remove_parallel_part(block)
+                    remove_parallel_part(block)
             if self.atoms is not None:
                 hand_over(self.atoms, sae)
             # A parameter that this batch does not reach (a penalty warming up from 0) has none.
@@ -191,7 +194,7 @@ class Trainee:
         if self.fused is not None:
             penalty = self.sparsity.scaled(self.step_count, sparsity_scale)
             try:
-                made = self.fused(x, self.dead, penalty, self._current_screen())  # x is centred there
+                made = self.fused(x, revived(self), penalty, self._current_screen())  # x is centred there
             except kernels.TooDense:
                 x = self._scaled(raw)
         if made is None:
@@ -200,10 +203,7 @@ class Trainee:
         if log_threshold:
             made = step_in_log(made, sae.threshold)  # type: ignore[arg-type]
         grad_norm = made.squares.sqrt().to(torch.float32)
-        norm, n_dead = read_norm(self, grad_norm, made.fired, len(x))
-        if not math.isfinite(norm):
-            raise UnweaveError(f"the gradient of step {self.step_count} is NaN or infinite: try a lower learning rate.")
-        clip = min(1.0, config.grad_clip * sae.d_out / (norm + 1e-6)) if config.grad_clip else 1.0
+        clip, n_dead = clip_factor(self, made, grad_norm, len(x))
         factor = learning_rate_factor(self.step_count, self.steps, config.warmup, config.decay)
         self.lr = config.learning_rate * factor
         rates = {name: rate * factor for name, rate in self.rates.items()}
@@ -263,7 +263,12 @@ class Trainee:
             threshold.copy_(torch.where(threshold.isnan(), made.smallest, threshold.lerp(made.smallest, share)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, by parameter name."""
+        """Everything that the next step depends on, by parameter name.
+
+        Raises:
+            UnweaveError: If a gradient was NaN or infinite, of which a GPU has not spoken yet.
+        """
+        check_pending(self)
         return {
             "sae": dict(self.sae.state_dict()),
             "optimizer": self.optimizer.state_dict(),
@@ -277,6 +282,8 @@ class Trainee:
             "dense": self.fused is not None and self.fused.dense,
             "sparsity": self.sparsity.state_dict(),
             "bandwidth": getattr(self.sae.activation, "bandwidth", None),
+            "pending": [] if self.readback is None else self.readback.state(),
+            "dead_counted": None if self.readback is None or self.dead_counted is None else self.dead_counted[0],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -299,11 +306,7 @@ class Trainee:
         self._screen = self.dead_counted = None  # of the weights before
         if self.fused is not None:
             self.fused.dense, self.fused.begun = bool(state.get("dense")), self.step_count > 0
-
-
-@torch.no_grad()
-def _remove_parallel_part(W_dec: Tensor) -> None:
-    """Take out of each row's gradient what would only change the row's norm; rows have unit norm."""
-    assert W_dec.grad is not None
-    along = torch.linalg.vecdot(W_dec.grad, W_dec)
-    W_dec.grad.addcmul_(along[:, None], W_dec, value=-1)
+        if self.readback is not None:
+            self.readback.restore(state["pending"])
+            if (n_dead := state["dead_counted"]) is not None:
+                self.dead_counted = (n_dead, *state_of(self.tokens_since_fired))
