@@ -41,7 +41,7 @@ from cases import TINY_LR, Contestant, Problem
 MANY_STEPS = 100_000
 
 
-def sae_lens(problem: Problem, autocast: bool = False) -> Contestant | None:
+def sae_lens(problem: Problem, autocast: bool = False, compiled: bool = False) -> Contestant | None:
     import sae_lens as library
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
@@ -56,7 +56,8 @@ def sae_lens(problem: Problem, autocast: bool = False) -> Contestant | None:
         "gated": ("Gated", {}),
     }
     prefix, options = kinds[case.kind]
-    config = getattr(library, f"{prefix}TrainingSAEConfig")(d_in=case.d_in, d_sae=case.d_sae, **options)
+    device = str(problem.W.device)
+    config = getattr(library, f"{prefix}TrainingSAEConfig")(d_in=case.d_in, d_sae=case.d_sae, device=device, **options)
     sae = getattr(library, f"{prefix}TrainingSAE")(config)
     bias = problem.bias + (config.jumprelu_init_threshold if case.kind == "jumprelu" else 0.0)
     biases = (sae.b_gate, sae.b_mag) if case.kind == "gated" else (sae.b_enc,)
@@ -69,10 +70,13 @@ def sae_lens(problem: Problem, autocast: bool = False) -> Contestant | None:
             lr=lr,
             lr_end=lr,
             autocast=autocast,
+            device=device,
         ),
         sae=sae,
         data_provider=iter(()),
     )
+    if compiled:  # as its runner does with `compile_sae=True`
+        sae.training_forward_pass = torch.compile(sae.training_forward_pass)
     trainer.n_forward_passes_since_fired[problem.dead] = 10 * trainer.cfg.dead_feature_window
 
     def step(x: Tensor) -> None:

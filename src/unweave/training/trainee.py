@@ -72,6 +72,9 @@ class Trainee:
         UnweaveError: If all of the sample is 0, or `start` is not an SAE of this config.
     """
 
+    readback: Readback | None = None
+    """What a GPU has yet to say of the last fused steps; None where the host knows at once."""
+
     def __init__(
         self,
         config: SAEConfig,
@@ -124,8 +127,8 @@ class Trainee:
         # A subclass with a loss of its own goes through autograd.
         fuses = type(self).loss is Trainee.loss and supports(config, self.sae)
         self.fused = Fused(self.sae, config, self.widths, self.k_aux) if fuses else None
-        self.readback = Readback() if self.fused is not None and runs_behind(self.sae.W_dec) else None
-        """What a GPU has yet to say of the last fused steps; None where the host knows at once."""
+        if self.fused is not None and runs_behind(self.sae.W_dec):
+            self.readback = Readback()
         self._screen: kernels.Screen | None = None
         self._screen_of = (0, 0)
         self.dead_counted: tuple[int, int, int] | None = None

@@ -29,6 +29,7 @@ from unweave.objectives import QuadraticL0, TargetL0
 from unweave.training.checkpoint import save_checkpoint
 from unweave.training.decoder_tuning import DecoderTuning
 from unweave.training.progress import Progress
+from unweave.training.readback import Readback
 from unweave.training.sites import Site
 from unweave.training.trainee import StepSums, Trainee
 from unweave.training.watch import may_whiten, outlier_dimension, warnings_for
@@ -128,6 +129,8 @@ def fit(
     log = _open_log(run)
     since_checkpoint, started, seen_before = 0, time.perf_counter(), run.seen
     warned: set[str] = set()
+    # Where every step reads late, so can this; elsewhere a step would see it first, and not know the hook.
+    sums = {hook: Readback() for hook, own in run.trainees.items() if all(t.readback is not None for t in own)}
     with _stop_on_signal() as stop, Progress(run.tokens, run.seen, show=progress) as bar, log:
         while run.seen < run.tokens:
             batch = next(batches, None)
@@ -138,7 +141,7 @@ def fit(
                 x, y = run.sites.get(hook, Site((hook,))).rows(batch)
                 x, y = x[: run.tokens - run.seen], None if y is None else y[: run.tokens - run.seen]
                 n = len(x)
-                _check_batch(x, trainees[0].sae.d_in, hook, run.step)
+                _check_batch(x, trainees[0].sae.d_in, hook, run.step, sums.get(hook))
                 if y is not None:
                     _check_batch(y, trainees[0].sae.d_out, hook, run.step)
                 if run.step == 0:
@@ -151,6 +154,7 @@ def fit(
             run.seen, run.step, since_checkpoint = run.seen + n, run.step + 1, since_checkpoint + n
             rows = None
             if run.step % LOG_EVERY == 0 or run.seen >= run.tokens:
+                _check_sums(sums)
                 rate = (run.seen - seen_before) / (time.perf_counter() - started)
                 rows = [_row(run, hook, i, s, rate) for hook, group in run.sums.items() for i, s in enumerate(group)]
                 run.sums = {}
@@ -163,8 +167,10 @@ def fit(
             if after_step is not None:
                 after_step()
             if stop.is_set():
+                _check_sums(sums)
                 raise TrainingInterrupted(_save_interrupted(run, stream_state, how_to_resume))
             if checkpoint_every and since_checkpoint >= checkpoint_every and run.out and run.seen < run.tokens:
+                _check_sums(sums)
                 _save(run, stream_state)
                 since_checkpoint = 0
 
@@ -173,14 +179,35 @@ def _add(a: StepSums, b: StepSums) -> StepSums:
     return StepSums(*map(torch.add, a, b))
 
 
-def _check_batch(x: Tensor, d_in: int, hook: str, step: int) -> None:
+def _check_batch(x: Tensor, d_in: int, hook: str, step: int, sums: Readback | None = None) -> None:
+    """Refuse a batch of another shape or with values that are not finite: at once, or on a GPU steps later."""
     if x.ndim != 2 or x.shape[1] != d_in:
         raise UnweaveError(f"batch {step} has the shape {tuple(x.shape)}, and (n, {d_in}) was expected.")
     if len(x) == 0:
         raise UnweaveError(f"batch {step} is empty.")
-    if not torch.isfinite(x.sum(dtype=torch.float32)) and not x.isfinite().all():
-        where = f" at the hook {hook!r}" if hook else ""
-        raise UnweaveError(f"batch {step}{where} holds activations that are NaN or infinite.")
+    total = x.sum(dtype=torch.float32)
+    if sums is None:
+        if not total.isfinite() and not x.isfinite().all():
+            raise _not_finite(hook, step)
+    elif (seen := sums.push(step, total.view(1))) is not None:
+        _check_sum(hook, *seen)
+
+
+def _check_sums(sums: dict[str, Readback]) -> None:
+    """Refuse what a GPU has not spoken of yet; for where the host waits anyway."""
+    for hook, late in sums.items():
+        for seen in late.state():
+            _check_sum(hook, *seen)
+
+
+def _check_sum(hook: str, step: int, total: list[float]) -> None:
+    if not math.isfinite(total[0]):  # squares of finite values whose sum is infinite are, too, and have no gradient
+        raise _not_finite(hook, step)
+
+
+def _not_finite(hook: str, step: int) -> UnweaveError:
+    where = f" at the hook {hook!r}" if hook else ""
+    return UnweaveError(f"batch {step}{where} holds activations that are NaN or infinite.")
 
 
 def _row(run: Run, hook: str, i: int, sums: StepSums, rate: float) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from unweave.training import SAEConfig, fused, readback
 from unweave.training.dead import dead_latents, revived
 from unweave.training.optimizer import RowGrad
 from unweave.training.trainee import Trainee
+from unweave.training.trainer import Run, fit
 
 # Numpy, which the interpreter computes with, warns where infinite numbers are subtracted and multiplied.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -246,3 +247,16 @@ def test_the_host_waits_for_nothing(device, monkeypatch, activation, settings, n
         trainee.step(x)
     assert len(revived(trainee)) >= n_dead
     assert waits.found == []
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["in between", "in the last step"])
+def test_a_batch_that_is_not_finite_is_named_with_its_hook(device, last):
+    """Also where the host hears of it two steps later, or when it asks at the end."""
+    trainee = make(device, TopK(3))
+    batches = [batch(device, seed) for seed in range(5)]
+    batches[4 if last else 1][3, 2] = torch.nan
+    run = Run({"some hook": [trainee]}, tokens=5 * N)
+    match = rf"^batch {4 if last else 1} at the hook 'some hook' holds activations that are NaN or infinite"
+    with pytest.raises(UnweaveError, match=match):
+        fit(run, iter([{"some hook": x} for x in batches]), progress=False)
+    assert run.step == (5 if last else 1 + LAG)
