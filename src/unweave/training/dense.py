@@ -133,7 +133,8 @@ def dense_gradients(
     g_bias, out_sum = centred.new_zeros(m), centred.new_zeros(d)
     sums, active, towards, windows = (centred.new_zeros(m) for _ in range(4))
     residual = scratch("residual", centred.shape) if len(latents) else None
-    chunk = max(16, min(CHUNK_ROWS, 2**24 // m))
+    # A CPU works in its caches; a GPU, which has memory, adds few large products to the weights' gradients.
+    chunk = max(16, min(CHUNK_ROWS, 2**24 // m)) if centred.device.type == "cpu" else max(CHUNK_ROWS, 2**27 // m)
     squared_error = centred.new_zeros((), dtype=torch.float64)
     rooms = [scratch(name, (min(chunk, n), m), dtype) for name in _ROOMS]
     rooms += [scratch(name, (min(chunk, n), d), dtype) for name in ("rounded inputs", "rounded output")]
