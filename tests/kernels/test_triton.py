@@ -157,6 +157,28 @@ def test_compiles(compiled: list[Any], operation: str, dtype: torch.dtype, shape
 
 
 @needs_triton
+@pytest.mark.parametrize("compiled", ARCHITECTURES, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_registers_suffice(compiled: list[Any], tmp_path: Path, operation: str, dtype: torch.dtype) -> None:
+    """At the width of a large model's activations no kernel spills registers, and its shared memory fits anywhere."""
+    import triton
+
+    for call in calls(operation, dtype, 2, 2560, 4096):
+        call()
+    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    for kernel in compiled:
+        source = tmp_path / "kernel.ptx"
+        source.write_text(kernel.asm["ptx"], encoding="utf-8")
+        target = kernel.asm["ptx"].partition(".target ")[2].split()[0].rstrip(",")
+        told = subprocess.run(
+            [assembler, "-v", f"-arch={target}", source, "-o", os.devnull], capture_output=True, text=True, check=True
+        ).stderr
+        assert "0 bytes spill stores, 0 bytes spill loads" in told, told
+        assert kernel.metadata.shared <= 48 << 10
+
+
+@needs_triton
 @pytest.mark.parametrize("operation", OPERATIONS + COMPOSED)
 def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, operation: str) -> None:
     """A fake tensor has no data, so whatever has to look at data between two kernels raises an error."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from unweave._errors import UnweaveError
 from unweave.kernels import cpu, reference
 from unweave.kernels.dispatch import backend, check_devices
-from unweave.kernels.screen import Precision, Screen, kind_of
+from unweave.kernels.screen import Precision, Screen, kind_of, low
 
 
 def adam_rows(
@@ -67,9 +67,14 @@ def adam_rows(
         if len(weight) == 1 and slot is None and not unit:  # a vector: one program would do all of a row
             rows = tuple(t.view(-1, 1) for t in rows)  # type: ignore[assignment]
         if rows[0].shape[1] <= MAX_WIDTH:
+            made = None
+            if screen is not None and low(screen, weight.device.type):
+                reuse = instead_of is not None and instead_of.fits(*weight.shape)
+                made = instead_of if reuse else Screen.of_gpu(weight)
+            image = None if made is None else made.images.half
             clip = grad_scale if isinstance(grad_scale, Tensor) else weight.new_full((), grad_scale)
-            in_triton(*rows, slot=slot, clip=clip, **settings)  # type: ignore[arg-type]
-            return None
+            in_triton(*rows, slot=slot, clip=clip, image=image, **settings)  # type: ignore[arg-type]
+            return made
     if kernels == "cpu":
         grad_scale = float(grad_scale)
         if math.isnan(grad_scale):

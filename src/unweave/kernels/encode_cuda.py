@@ -35,22 +35,23 @@ class _Chunk(NamedTuple):
     pre: Float[Tensor, "c m"]
 
 
-def _chunks(x: Tensor, weight: Tensor, bias: Tensor, low: bool) -> Iterator[_Chunk]:
+def _chunks(x: Tensor, weight: Tensor, bias: Tensor, low: bool, half: Tensor | None = None) -> Iterator[_Chunk]:
     """Pre-activations of some rows after the other, each in the memory of the ones before."""
     dtype = torch.bfloat16 if low else x.dtype
-    half, b = weight.to(dtype), bias.to(dtype)
+    factor = half if low and half is not None else weight.to(dtype)
+    b = bias.to(dtype)
     count = max(1, min(len(x), _CHUNK_BYTES // (dtype.itemsize * len(weight))))
     buffer = x.new_empty(count, len(weight), dtype=dtype)
     for start in range(0, len(x), count):
         rows = x[start : start + count].to(dtype)
-        yield _Chunk(slice(start, start + len(rows)), torch.addmm(b, rows, half.T, out=buffer[: len(rows)]))
+        yield _Chunk(slice(start, start + len(rows)), torch.addmm(b, rows, factor.T, out=buffer[: len(rows)]))
 
 
-def largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, spec: Largest, low: bool) -> Selection:
-    """The `k` largest of each row."""
+def largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, spec: Largest, low: bool, half: Tensor | None = None) -> Selection:
+    """The `k` largest of each row; `half` has the encoder's rows in bf16, if somebody has made them."""
     n, weight = len(x), W_enc.T.contiguous()
     indices, values = x.new_empty(n, spec.k, dtype=torch.int64), x.new_empty(n, spec.k)
-    for rows, pre in _chunks(x, weight, b_enc, low):
+    for rows, pre in _chunks(x, weight, b_enc, low, half):
         if low:
             found = triton.topk_screened(pre, x[rows], weight, b_enc, spec.k, spare=SPARE, magnitude=spec.magnitude)
         else:
@@ -61,7 +62,13 @@ def largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, spec: Largest, low: bool) -
 
 
 def above(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, bounds: Float[Tensor, " m"] | float, low: bool, room: int
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    bounds: Float[Tensor, " m"] | float,
+    low: bool,
+    room: int,
+    half: Tensor | None = None,
 ) -> Selection:
     """At least what is strictly above the bounds; from a bf16 product, entries a little below them too.
 
@@ -72,6 +79,7 @@ def above(
         bounds: For each latent, or one for all.
         low: Whether the product is made in bf16.
         room: How many entries there is room for.
+        half: The encoder's rows in bf16, if somebody has made them.
 
     Returns:
         `room` entries, of which those up to the sum of `counts` are filled. If the sum is larger, the rest was left
@@ -80,7 +88,7 @@ def above(
     n, weight, lowest = len(x), W_enc.T.contiguous(), _lowered(x, W_enc, bounds, low)
     indices, values = torch.full((room,), -1, device=x.device), x.new_zeros(room)
     counts, filled = x.new_empty(n, dtype=torch.int64), torch.zeros((), dtype=torch.int64, device=x.device)
-    for rows, pre in _chunks(x, weight, b_enc, low):
+    for rows, pre in _chunks(x, weight, b_enc, low, half):
         counts[rows] = triton.count_above(pre, lowest)
         ends = filled + counts[rows].cumsum(0)
         triton.write_above(pre, lowest, ends - counts[rows], indices, values)
@@ -105,7 +113,13 @@ def _lowered(x: Tensor, W_enc: Tensor, bounds: Float[Tensor, " m"] | float, low:
 
 
 def above_exactly(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, bounds: Float[Tensor, " m"] | float, low: bool, max_density: float
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    bounds: Float[Tensor, " m"] | float,
+    low: bool,
+    half: Tensor | None,
+    max_density: float,
 ) -> Selection:
     """What is strictly above the bounds; the host waits to know how much that is, for some rows at a time.
 
@@ -114,7 +128,7 @@ def above_exactly(
     """
     parts: list[Selection] = []
     weight, lowest = W_enc.T.contiguous(), _lowered(x, W_enc, bounds, low)
-    for rows, pre in _chunks(x, weight, b_enc, low):
+    for rows, pre in _chunks(x, weight, b_enc, low, half):
         counts = triton.count_above(pre, lowest)
         ends = counts.cumsum(0)
         room = int(ends[-1])

@@ -73,6 +73,7 @@ class Images:
     """The rows of a matrix in lower precisions. Fields that a kind of product does not need are None."""
 
     norms: Float[Tensor, " m"]
+    """Empty on a GPU, where nothing bounds the errors of a product."""
     half: Tensor | None = None
     """`(m, d)` in bf16."""
     half_errors: Float[Tensor, " m"] | None = None
@@ -147,10 +148,15 @@ class Screen:
         kind = kind_of(precision, weight.shape[1])
         return cls(kind, Images.room_for(weight, kind, reused))
 
+    @classmethod
+    def of_gpu(cls, weight: Float[Tensor, "m d"]) -> Screen:
+        """The screen of an encoder's rows for bf16 products on a GPU."""
+        return cls("bf16", Images(weight.new_empty(0), half=weight.to(torch.bfloat16)))
+
     def fits(self, m: int, d: int) -> bool:
         """Whether it can be that of an encoder of m latents and width d."""
         matrices = [t for t in (self.images.half, self.images.bytes) if t is not None]
-        return len(self.images.norms) == m and all(t.shape == (m, d) for t in matrices)
+        return all(t.shape == (m, d) for t in matrices) if matrices else len(self.images.norms) == m
 
 
 def too_coarse(inputs: Images) -> bool:

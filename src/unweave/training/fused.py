@@ -165,11 +165,12 @@ class Fused:
         if not on_cpu:
             from unweave.kernels import encode_cuda
 
+            half = None if screen is None else screen.images.half
             if isinstance(spec, kernels.Largest):
-                return encode_cuda.largest(centred, sae.W_enc, sae.b_enc, spec, low)
+                return encode_cuda.largest(centred, sae.W_enc, sae.b_enc, spec, low, half)
             if self._switches(spec):
                 room = math.ceil(_ROOM * len(centred) * sae.d_sae)
-                return encode_cuda.above(centred, sae.W_enc, sae.b_enc, spec.bounds, low, room)
+                return encode_cuda.above(centred, sae.W_enc, sae.b_enc, spec.bounds, low, room, half)
         if isinstance(spec, kernels.LargestOfBatch):
             hint = spec.hint if self.bound is None else (1 - self.margin) * self.bound
             spec = kernels.LargestOfBatch(spec.budget, hint)

@@ -219,7 +219,8 @@ class Trainee:
                 grad_scale=clip,
                 unit="W_dec" if config.decoder_is_unit else None,
                 screen=None if self.fused is None or self.fused.dense else ("W_enc", config.precision),
-                instead_of=self._screen,
+                # A GPU may leave out the step, and what it leaves as it is has to be right.
+                instead_of=self._screen if self.readback is None else self._current_screen(),
             )
         self._screen_of = state_of(sae.W_enc)
         if self.atoms is not None:

@@ -260,3 +260,23 @@ def test_a_batch_that_is_not_finite_is_named_with_its_hook(device, last):
     with pytest.raises(UnweaveError, match=match):
         fit(run, iter([{"some hook": x} for x in batches]), progress=False)
     assert run.step == (5 if last else 1 + LAG)
+
+
+def test_the_encoder_in_bf16_is_that_of_the_weights_whatever_happened(device):
+    """The update leaves it for the next product, also an update that was left out."""
+    trainee = make(device, TopK(3), precision="bf16")
+
+    def is_right():
+        assert torch.equal(trainee._current_screen().images.half, trainee.sae.W_enc.detach().T.bfloat16())
+
+    trainee.step(batch(device, 0) * torch.nan)
+    is_right()
+    trainee = make(device, TopK(3), precision="bf16")
+    for seed in range(2):
+        trainee.step(batch(device, seed))
+        is_right()
+    trainee.sae.W_enc.data.mul_(2.0)
+    torch.autograd.graph.increment_version(trainee.sae.W_enc)
+    assert trainee._current_screen() is None
+    trainee.step(batch(device, 3) * torch.nan)
+    is_right()
