@@ -131,8 +131,9 @@ def calls(
         "topk": [lambda: kernels.topk(pre, 3), lambda: kernels.topk(pre, 3, magnitude=True)],
         "group_max": [lambda: kernels.group_max(pre, 2)],
         "above": [
-            lambda: kernels.count_above(pre, bounds),
-            lambda: kernels.write_above(pre, bounds, starts, indices, values),
+            lambda: kernels.count_above(pre, kernels.Bounds(bounds)),
+            lambda: kernels.count_above(pre, kernels.Bounds(bounds, bounds, ones(n))),
+            lambda: kernels.write_above(pre, kernels.Bounds(bounds, bounds, ones(n)), starts, indices, values),
         ],
         "screened": [lambda: kernels.topk_screened(pre, ones(n, d), rows, bounds, 2, spare=1)],
         "row_gradient": [

@@ -105,7 +105,7 @@ def run(trainee, x, scale=0.7):
     trainee.fused.bound = None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "DENSE_ABOVE", 1.0)
-        patch.setattr(fused, "_ROOM", 1.0)
+        patch.setattr(fused, "_MOST_ROOM", 1.0)
         step = trainee.fused(x.clone(), revived(trainee), scale * trainee.penalty, None)
     # The next step writes its gradients into the same memory.
     return step._replace(grads=copy.deepcopy(step.grads))

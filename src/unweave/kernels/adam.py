@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unweave._errors import UnweaveError
 from unweave.kernels import cpu, reference
-from unweave.kernels.dispatch import backend, check_devices
+from unweave.kernels.dispatch import WIDEST_ON_GPU, backend, check_devices
 from unweave.kernels.screen import Precision, Screen, kind_of, low
 
 
@@ -43,7 +43,7 @@ def adam_rows(
         betas: Decay rates.
         eps: Added to the root of the corrected second moment.
         step: Number of this step, from 1.
-        grad_scale: Multiplies the gradients. With a tensor that is NaN nothing is changed, and on a GPU nobody waits to
+        grad_scale: Multiplies the gradients. If it is NaN nothing is changed; of a tensor on a GPU nobody waits to
             know whether it is.
         unit: Whether rows are brought back to norm 1 afterwards.
         screen: Return a `Screen` of the new rows, for products of this precision.
@@ -60,13 +60,12 @@ def adam_rows(
     settings = {"lr": lr, "betas": betas, "eps": eps, "step": step, "unit": unit}
     kernels = backend("adam_rows", weight, grad)
     if kernels == "cuda":
-        from unweave.kernels.triton.adam import MAX_WIDTH
         from unweave.kernels.triton.adam import adam_rows as in_triton
 
         rows = weight, grad, first, second
         if len(weight) == 1 and slot is None and not unit:  # a vector: one program would do all of a row
             rows = tuple(t.view(-1, 1) for t in rows)  # type: ignore[assignment]
-        if rows[0].shape[1] <= MAX_WIDTH:
+        if rows[0].shape[1] <= WIDEST_ON_GPU:
             made = None
             if screen is not None and low(screen, weight.device.type):
                 reuse = instead_of is not None and instead_of.fits(*weight.shape)

@@ -16,6 +16,8 @@ from unweave.kernels import cpu
 
 Backend = Literal["reference", "cpu", "cuda"]
 VARIABLE = "UNWEAVE_KERNELS"
+WIDEST_ON_GPU = 1 << 15
+"""Elements of a matrix' rows where one program of a GPU's kernels takes a row whole."""
 
 
 def forced() -> Backend | None:
@@ -90,4 +92,3 @@ def check_devices(operation: str, *tensors: Tensor) -> None:
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-

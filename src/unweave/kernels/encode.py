@@ -1,9 +1,9 @@
 """The dense product of a step, and what is kept of it.
 
 Pre-activations are made tile by tile in one reused buffer and looked at while they are in cache, so the full
-`(n, d_sae)` tensor never exists. With compiled kernels the product only screens: whatever may belong to the selection,
-given the rounding of the product, is computed again as an fp32 dot product, and the selection is made among these. It
-is the same, bit for bit, whatever the precision of the product and the number of threads.
+`(n, d_sae)` tensor never exists. With compiled kernels on a CPU the product only screens: whatever may belong to the
+selection, given the rounding of the product, is computed again as an fp32 dot product, and the selection is made among
+these. It is the same, bit for bit, whatever the precision of the product and the number of threads.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def encode_select(
         spec: What to keep.
         precision: Of the product. On a CPU it changes the time and not the result: with compiled kernels, "bf16"
             products are made exact again, and the reference always computes in the weights' dtype. On a GPU "auto" is
-            "fp32"; with "bf16", values are exact, and what is within rounding of a bound or of the k-th largest may be
-            missed (kernels/encode_cuda.py says by how much).
+            "fp32", TF32 if PyTorch is allowed to; with "bf16", values are exact, and what is within rounding of a bound
+            or of the k-th largest may be missed (kernels/encode_cuda.py says by how much).
         screen: What a step of the optimiser has prepared; None: it is made here.
         max_density: Largest share of entries that may lie above their bounds in the first rows (`Above`).
 

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from unweave.kernels import triton
 from unweave.kernels.select import Largest, Selection, TooDense, kept
+from unweave.kernels.triton import Bounds
+from unweave.kernels.triton.screened import SPARE
 
-SPARE = 8
 MARGIN = 8.0
-"""How far below its bound a bf16 pre-activation is kept, in `2^-9 (‖w‖ rms(x) + |bound|)`. Rounding both factors of d
-products and their sum has about one of these as its standard deviation, unless few dimensions make most of the sum."""
+"""How far below its bound a bf16 pre-activation is kept, in `2^-9 (‖w‖ rms(x) + |bound| + |b_enc|)`. Rounding has about
+one of these as its standard deviation, unless few dimensions make most of the sum."""
 _CHUNK_BYTES = 1 << 29
 """Of the pre-activations that are held at a time."""
 
@@ -85,13 +86,13 @@ def above(
         `room` entries, of which those up to the sum of `counts` are filled. If the sum is larger, the rest was left
         out.
     """
-    n, weight, lowest = len(x), W_enc.T.contiguous(), _lowered(x, W_enc, bounds, low)
+    n, weight, lowest = len(x), W_enc.T.contiguous(), lowered(x, W_enc, b_enc, bounds, low)
     indices, values = torch.full((room,), -1, device=x.device), x.new_zeros(room)
     counts, filled = x.new_empty(n, dtype=torch.int64), torch.zeros((), dtype=torch.int64, device=x.device)
     for rows, pre in _chunks(x, weight, b_enc, low, half):
-        counts[rows] = triton.count_above(pre, lowest)
+        counts[rows] = triton.count_above(pre, lowest.of_rows(rows))
         ends = filled + counts[rows].cumsum(0)
-        triton.write_above(pre, lowest, ends - counts[rows], indices, values)
+        triton.write_above(pre, lowest.of_rows(rows), ends - counts[rows], indices, values)
         filled = ends[-1]
     if low and n:
         offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).clamp(max=room)
@@ -100,16 +101,16 @@ def above(
     return Selection(counts, indices, values)
 
 
-def _lowered(x: Tensor, W_enc: Tensor, bounds: Float[Tensor, " m"] | float, low: bool) -> Float[Tensor, " m"]:
+def lowered(x: Tensor, W_enc: Tensor, b_enc: Tensor, bounds: Float[Tensor, " m"] | float, low: bool) -> Bounds:
     """The bounds that a product's pre-activations are compared with."""
-    m = W_enc.shape[1]
     if not isinstance(bounds, Tensor):
-        bounds = torch.full((m,), bounds, dtype=torch.float32, device=x.device)
-    of_all = bounds.to(torch.float32).expand(m)
-    if low and len(x):
-        size = x.norm(dim=1).amax() / x.shape[1] ** 0.5
-        of_all = of_all - MARGIN * 2.0**-9 * (size * W_enc.norm(dim=0) + of_all.abs())
-    return of_all.contiguous()
+        bounds = torch.full_like(b_enc, bounds, dtype=torch.float32)
+    of_all = bounds.to(torch.float32).expand(W_enc.shape[1])
+    if not low:
+        return Bounds(of_all.contiguous())
+    unit = MARGIN * 2.0**-9
+    sizes = x.norm(dim=1) / x.shape[1] ** 0.5
+    return Bounds(of_all - unit * (of_all.abs() + b_enc.abs()), unit * W_enc.norm(dim=0), sizes)
 
 
 def above_exactly(
@@ -127,15 +128,15 @@ def above_exactly(
         TooDense: If more than a share of the first rows' entries are.
     """
     parts: list[Selection] = []
-    weight, lowest = W_enc.T.contiguous(), _lowered(x, W_enc, bounds, low)
+    weight, lowest = W_enc.T.contiguous(), lowered(x, W_enc, b_enc, bounds, low)
     for rows, pre in _chunks(x, weight, b_enc, low, half):
-        counts = triton.count_above(pre, lowest)
+        counts = triton.count_above(pre, lowest.of_rows(rows))
         ends = counts.cumsum(0)
         room = int(ends[-1])
         if not parts and room > max_density * pre.numel():
             raise TooDense
         indices, values = x.new_empty(room, dtype=torch.int64), x.new_empty(room)
-        triton.write_above(pre, lowest, ends - counts, indices, values)
+        triton.write_above(pre, lowest.of_rows(rows), ends - counts, indices, values)
         part = Selection(counts, indices, values)
         if low:
             exact = triton.sddmm(indices, torch.nn.functional.pad(ends, (1, 0)), x[rows], weight) + b_enc[indices]

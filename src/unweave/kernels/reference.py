@@ -7,6 +7,7 @@ depend on the number of threads.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -100,6 +101,8 @@ def adam_rows(
     grad_scale: float | Tensor,
     unit: bool,
 ) -> None:
+    if not isinstance(grad_scale, Tensor) and math.isnan(grad_scale):
+        return
     before = [t.clone() for t in (weight, first, second)] if isinstance(grad_scale, Tensor) else []
     beta1, beta2 = betas
     grad = grad * grad_scale

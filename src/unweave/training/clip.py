@@ -71,21 +71,25 @@ def _dead_after(trainee: Trainee, fired: Bool[Tensor, " d_sae"], n: int) -> Int6
 
 def _learn(trainee: Trainee, step: int, numbers: list[float]) -> int:
     """Take in what a GPU says of an earlier step; returns how many latents were dead after it."""
-    norm, fits, density, dead = numbers
-    _check(step, norm)
-    if not fits:
-        warnings.warn(f"step {step} had more active codes than there was room for, and was left out.", stacklevel=4)
+    _check(step, *numbers[:2])
+    _, _, density, dead = numbers
     if density >= 0 and trainee.fused is not None:
         trainee.fused.observe(density)
     return int(dead)
 
 
 def check_pending(trainee: Trainee) -> None:
-    """Raise an UnweaveError if the gradient of a step that a GPU has not spoken of yet was NaN or infinite."""
-    for step, (norm, *_) in [] if trainee.readback is None else trainee.readback.state():
-        _check(step, norm)
+    """Say what a GPU has not said yet of the last steps; for where the host waits anyway.
+
+    Raises:
+        UnweaveError: If the gradient of one of them was NaN or infinite.
+    """
+    for step, (norm, fits, *_) in [] if trainee.readback is None else trainee.readback.state():
+        _check(step, norm, fits)
 
 
-def _check(step: int, norm: float) -> None:
+def _check(step: int, norm: float, fits: float = 1.0) -> None:
+    if not fits:
+        warnings.warn(f"step {step} had more active codes than there was room for, and was left out.", stacklevel=5)
     if not math.isfinite(norm):
         raise UnweaveError(f"the gradient of step {step} is NaN or infinite: try a lower learning rate.")

@@ -20,7 +20,7 @@ def revives(trainee: Trainee) -> bool:
 
 def dead_latents(trainee: Trainee) -> Int64[Tensor, " c"]:
     """The dead latents, ascending. The host waits for the device only if no step has counted them."""
-    known = None if trainee.readback is not None else _known(trainee)
+    known = None if trainee.readback is not None else known_count(trainee)
     return _first(trainee.dead, int(trainee.dead.sum()) if known is None else known)
 
 
@@ -32,11 +32,11 @@ def revived(trainee: Trainee) -> Int64[Tensor, " c"]:
     """
     if not trainee.k_aux:
         return trainee.tokens_since_fired[:0]
-    known = _known(trainee)
+    known = known_count(trainee)
     return dead_latents(trainee) if known is None else _first(trainee.dead, known)
 
 
-def _known(trainee: Trainee) -> int | None:
+def known_count(trainee: Trainee) -> int | None:
     """How many latents were dead when they were last counted, unless somebody else changed them since."""
     counted = trainee.dead_counted
     return counted[0] if counted is not None and counted[1:] == state_of(trainee.tokens_since_fired) else None

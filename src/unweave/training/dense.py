@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unweave import kernels
 from unweave._errors import UnweaveError
+from unweave.kernels import cpu
 from unweave.kernels.dispatch import compiled
 from unweave.kernels.scratch import LIKE_W_DEC, LIKE_W_ENC, scratch_like
 from unweave.objectives import L1, TargetL0
@@ -60,7 +61,7 @@ def auxk_gradients(
     W_dec, W_enc = sae.W_dec.detach()[own].to(dtype), sae.W_enc.detach().T[own].to(dtype)
     bias = torch.where(exists, sae.b_enc.detach()[own], -torch.inf).to(dtype)  # what does not exist stays silent
     spread = kernels.spread(residual)
-    weight = torch.where(spread > 0, coefficient * d * min(1.0, c / k) / spread, 0.0)
+    weight = torch.where(spread > 0, coefficient * d * (exists.sum() / k).clamp(max=1) / spread, 0.0)
     loss, none, g_bias = residual.new_zeros(()), residual.new_zeros(c), residual.new_zeros(c)
     g_dec, g_enc = (scratch_like(residual, f"gradient of dead {name}", (c, d)).zero_() for name in ("W_dec", "W_enc"))
     rows = _auxk_rows(len(residual), c)
@@ -139,6 +140,7 @@ def dense_gradients(
     rooms = [scratch(name, (min(chunk, n), m), dtype) for name in _ROOMS]
     rooms += [scratch(name, (min(chunk, n), d), dtype) for name in ("rounded inputs", "rounded output")]
     errors = scratch("errors", (min(chunk, n), d))
+    kept = None if ops is cpu else _Kept(sae, centred, low)
     for start in range(0, n, chunk):
         rows = slice(start, start + chunk)
         target = centred[rows]  # what is centred is reconstructed without the bias
@@ -148,6 +150,8 @@ def dense_gradients(
         if not ops.dense_codes(pre, theta, codes, active, sums):
             bad = int((~pre.isfinite()).any(1).nonzero()[0])
             raise UnweaveError(f"training step: pre-activations of row {start + bad} are NaN or infinite.")
+        if kept is not None:
+            kept.count(pre, rows)
         error.copy_(torch.mm(codes, W_dec, out=out)).sub_(target)
         squared_error += kernels.squared_norm(error)
         if residual is not None:
@@ -183,7 +187,25 @@ def dense_gradients(
     if jump is not None:
         grads["threshold"] = towards
     squares = squares_of(grads)
-    return Step(loss, squared_error, l0, active > 0, None, grads, squares, l0 / (n * m))
+    density = (l0 if kept is None else kept.total) / (n * m)
+    return Step(loss, squared_error, l0, active > 0, None, grads, squares, density)
+
+
+class _Kept:
+    """How much a sparse step on a GPU would keep of what a dense one computes, which decides what the next ones are."""
+
+    def __init__(self, sae: SAE, centred: Float[Tensor, "n d_in"], low: bool) -> None:
+        from unweave.kernels import encode_cuda
+
+        spec = sae.activation.selection(sae.threshold, len(centred))
+        assert isinstance(spec, kernels.Above)
+        self.total = centred.new_zeros((), dtype=torch.int64)
+        self._bounds = encode_cuda.lowered(centred, sae.W_enc.detach(), sae.b_enc.detach(), spec.bounds, low)
+
+    def count(self, pre: Float[Tensor, "c d_sae"], rows: slice) -> None:
+        from unweave.kernels import triton
+
+        self.total += triton.count_above(pre, self._bounds.of_rows(rows)).sum()
 
 
 def add_rows_(total: Float[Tensor, "m ..."], latents: Int64[Tensor, " c"], rows: Float[Tensor, "c ..."]) -> None:

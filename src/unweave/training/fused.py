@@ -3,7 +3,8 @@
 The same numbers as `Trainee.loss` and its backward pass, in fewer passes over memory: decode, residual, loss and the
 codes' gradients row by row; both weight gradients latent by latent, with what penalties and projections add to them.
 Runs where the compiled kernels do; everything else goes through autograd. On a GPU its host waits for nothing, unless
-tokens of a batch are ranked against each other (BatchTopK).
+nobody can say how much room codes take: where tokens of a batch are ranked against each other (BatchTopK), and where
+codes of any density stay sparse (Gated, Matryoshka with thresholds).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.nn.functional import pad
 
 from unweave import kernels
 from unweave.kernels import cpu
-from unweave.kernels.dispatch import backend, compiled
+from unweave.kernels.dispatch import WIDEST_ON_GPU, backend, compiled
 from unweave.kernels.scratch import LIKE_W_ENC, forget, scratch, scratch_like
 from unweave.kernels.screen import kind_of
 from unweave.objectives import L1, RandomMatryoshka, TargetL0
@@ -38,10 +39,11 @@ _NARROWEST_MARGIN, _WIDEST_MARGIN = 0.005, 0.03
 """Bounds of `Fused.margin`. A wide one computes more for nothing; with a narrow one more products are made twice."""
 _ENTRY_BYTES = 45
 """What a sparse step takes for each code at its peak: indices, values, gradients, and their order by latent."""
-_ROOM = 2 * DENSE_ABOVE
-"""Share of all entries that a GPU has room for in a sparse step, since it learns only later how many there were."""
-_WIDEST_ON_GPU = 1 << 15
-"""Width of the rows that one program of a GPU's kernels takes whole."""
+_MOST_ROOM, _LEAST_ROOM = 2 * DENSE_ABOVE, 0.01
+"""Share of all entries that a GPU has room for in a sparse step, since it learns only later how many there were: twice
+what there were two steps ago, between these two."""
+_ROOM_BYTES = 90
+"""What a sparse step on a GPU takes for each of these entries at its peak."""
 
 
 def supports(config: SAEConfig, sae: SAE) -> bool:
@@ -57,7 +59,9 @@ def supports(config: SAEConfig, sae: SAE) -> bool:
     plain = plain and not isinstance(config.matryoshka, RandomMatryoshka)
     plain = plain and not sae.glu
     own = backend("training step", sae.W_dec, sae.b_dec)
-    runs = own == "cpu" or (own == "cuda" and sae.d_in <= _WIDEST_ON_GPU)
+    # There, a logarithm that changes nothing still rounds; and one program takes a whole row.
+    goes = sae.d_in <= WIDEST_ON_GPU and not getattr(config.activation, "log_threshold", False)
+    runs = own == "cpu" or (own == "cuda" and goes)
     return type(sae) is SAE and plain and not others and runs
 
 
@@ -82,6 +86,8 @@ class Fused:
     """Whether the last step was dense enough for dense products."""
     begun: bool = False
     """Whether a step was taken, or tried."""
+    density: float | None = None
+    """Share of entries that a product kept on a GPU, two steps ago."""
     bound: float | None = None
     """Smallest winner of the last batch (BatchTopK)."""
     margin: float = _WIDEST_MARGIN
@@ -129,7 +135,7 @@ class Fused:
 
     def observe(self, density: float) -> None:
         """Learn the density of a step, which decides how the next ones are computed; a GPU's is told by the caller."""
-        was_dense = self.dense
+        was_dense, self.density = self.dense, density
         self.dense = density > (SPARSE_BELOW if was_dense else DENSE_ABOVE)
         if was_dense and not self.dense:
             forget(*DENSE_SCRATCH)  # sparse steps need the memory for other things
@@ -142,6 +148,9 @@ class Fused:
     def sparse_bytes(self, n: int) -> tuple[int, int]:
         """Memory that dense execution leads to once it turns sparse: lasting, and more in a step of `n` tokens."""
         m, d = self.sae.W_dec.shape
+        if self.ops is not cpu:  # both gradients' partial sums take as much as one of them
+            low = kernels.low(self.config.precision, self.sae.device.type)
+            return 2 * m * d * low, round(2 * SPARSE_BELOW * n * m) * _ROOM_BYTES + 4 * m * d
         screen = {"fp32": 0, "bf16": 2, "int8": 1}[kind_of(self.config.precision, d)] * m * d
         return screen, round(SPARSE_BELOW * n * m) * _ENTRY_BYTES
 
@@ -169,7 +178,8 @@ class Fused:
             if isinstance(spec, kernels.Largest):
                 return encode_cuda.largest(centred, sae.W_enc, sae.b_enc, spec, low, half)
             if self._switches(spec):
-                room = math.ceil(_ROOM * len(centred) * sae.d_sae)
+                share = _MOST_ROOM if self.density is None else max(_LEAST_ROOM, 2 * self.density)
+                room = math.ceil(min(share, _MOST_ROOM) * len(centred) * sae.d_sae)
                 return encode_cuda.above(centred, sae.W_enc, sae.b_enc, spec.bounds, low, room, half)
         if isinstance(spec, kernels.LargestOfBatch):
             hint = spec.hint if self.bound is None else (1 - self.margin) * self.bound
@@ -194,7 +204,7 @@ class Fused:
         W_dec, no_bias, ops = sae.W_dec.detach(), centred.new_zeros(d), self.ops
         counts, indices, pre = self._select(centred, screen, low)
         density = fits = None
-        if ops is not cpu and self._switches(sae.activation.selection(sae.threshold, n)):
+        if ops is not cpu and not isinstance(config.activation, TopK | BatchTopK | Gated) and not self.widths:
             found = counts.sum()
             density, fits = found / (n * m), found <= len(indices)
         theta = window = None
@@ -283,7 +293,6 @@ class Fused:
 def _cut(indices: Int64[Tensor, " nnz"], rows: Int64[Tensor, " n+1"], ends: Int64[Tensor, " p"]) -> Tensor:
     """Where the entries of each row and block of latents begin, `(n * p + 1,)`."""
     n, p = len(rows) - 1, len(ends)
-    # Entries beyond the last row, if there is more room than entries, have row n, whose only block is counted and left.
     row = torch.searchsorted(rows, torch.arange(len(indices), device=rows.device), right=True) - 1
-    counts = kernels.counts_of(row * p + torch.bucketize(indices, ends, right=True), n * p + 1)
-    return pad(counts[:-1].cumsum(0), (1, 0))
+    counts = kernels.counts_of(row * p + torch.bucketize(indices, ends, right=True), n * p)
+    return pad(counts.cumsum(0), (1, 0))

@@ -37,10 +37,10 @@ class Readback:
         """Send for the numbers of a step, and get those of `LAG` steps before with their step, if there are any."""
         arrived = None
         if numbers.device.type == "cuda":
+            stream = torch.cuda.current_stream(numbers.device)  # which need not be the current device
             there = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             numbers = there.copy_(numbers, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
+            arrived = stream.record_event()
         self._pending.append(_Pending(step, numbers, arrived))
         return _read(self._pending.popleft()) if len(self._pending) > LAG else None
 

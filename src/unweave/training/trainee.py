@@ -22,7 +22,7 @@ from unweave.objectives import Matryoshka
 from unweave.sae import SAE, ArchetypalDictionary, Normalization, TemporalSAE
 from unweave.training.clip import check_pending, clip_factor
 from unweave.training.config import SAEConfig
-from unweave.training.dead import revived, state_of
+from unweave.training.dead import known_count, revived, state_of
 from unweave.training.dictionary import archetypal_atoms, hand_over, renew
 from unweave.training.fresh import fresh_coder, scale_of, take_over
 from unweave.training.fused import Fused, supports
@@ -228,7 +228,7 @@ class Trainee:
         with torch.no_grad():
             if isinstance(sae.threshold, torch.nn.Parameter):
                 sae.threshold.clamp_(min=0)
-            self._track(made, len(x))
+            self._track(made, len(x) if made.fits is None else len(x) * made.fits)
             self.dead_counted = None if n_dead is None else (n_dead, *state_of(self.tokens_since_fired))
         self.sparsity.observe(made.l0 / len(x), self.step_count)
         if config.resampling is not None and config.resampling.due(self.step_count, self.steps):
@@ -257,10 +257,10 @@ class Trainee:
         """What the last update made for this step, unless the encoder was changed in between."""
         return self._screen if self._screen_of == state_of(self.sae.W_enc) else None
 
-    def _track(self, made: Step, n: int) -> None:
+    def _track(self, made: Step, n: int | Tensor) -> None:
         """Count the tokens since each latent fired; estimate BatchTopK's inference threshold (bias-corrected mean)."""
         self.tokens_since_fired += n
-        self.tokens_since_fired.masked_fill_(made.fired, 0)
+        self.tokens_since_fired.masked_fill_(made.fired if made.fits is None else made.fired & made.fits, 0)
         if made.smallest is not None and (threshold := self.sae.threshold) is not None:
             self.threshold_batches += 1  # those in which nothing fires say nothing, and do not count
             share = (1 - _EMA) / (1 - _EMA**self.threshold_batches)
@@ -287,7 +287,8 @@ class Trainee:
             "sparsity": self.sparsity.state_dict(),
             "bandwidth": getattr(self.sae.activation, "bandwidth", None),
             "pending": [] if self.readback is None else self.readback.state(),
-            "dead_counted": None if self.readback is None or self.dead_counted is None else self.dead_counted[0],
+            "dead_counted": None if self.readback is None else known_count(self),
+            "density": None if self.fused is None else self.fused.density,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -310,6 +311,7 @@ class Trainee:
         self._screen = self.dead_counted = None  # of the weights before
         if self.fused is not None:
             self.fused.dense, self.fused.begun = bool(state.get("dense")), self.step_count > 0
+            self.fused.density = state["density"]
         if self.readback is not None:
             self.readback.restore(state["pending"])
             if (n_dead := state["dead_counted"]) is not None:

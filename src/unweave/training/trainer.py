@@ -27,6 +27,7 @@ from unweave._errors import UnweaveError
 from unweave._files import atomic_path
 from unweave.objectives import QuadraticL0, TargetL0
 from unweave.training.checkpoint import save_checkpoint
+from unweave.training.clip import check_pending
 from unweave.training.decoder_tuning import DecoderTuning
 from unweave.training.progress import Progress
 from unweave.training.readback import Readback
@@ -155,6 +156,9 @@ def fit(
             rows = None
             if run.step % LOG_EVERY == 0 or run.seen >= run.tokens:
                 _check_sums(sums)
+                if run.seen >= run.tokens:
+                    for trainee in (t for group in run.trainees.values() for t in group):
+                        check_pending(trainee)
                 rate = (run.seen - seen_before) / (time.perf_counter() - started)
                 rows = [_row(run, hook, i, s, rate) for hook, group in run.sums.items() for i, s in enumerate(group)]
                 run.sums = {}

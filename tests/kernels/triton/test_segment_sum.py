@@ -1,5 +1,7 @@
 """`gather_sum`, `transpose` and `segment_sum` against dense products in float64."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from unweave._errors import UnweaveError
 from unweave.kernels.triton import gather_sum, scatter_outer, segment_sum, transpose
-from unweave.kernels.triton.segment_sum import PIECE, room_for_partials
+from unweave.kernels.triton.segment_sum import PIECE, piece_for, room_for_partials
 
 shapes = given(
     n=st.integers(1, 6),
@@ -143,3 +145,17 @@ def test_wrong_arguments_are_named(device):
         scatter_outer(indices, values, offsets, torch.ones(3, 4, device=device), 3)
     with pytest.raises(UnweaveError, match=r"^transpose: m must be positive"):
         transpose(indices, offsets, 0)
+
+
+def test_pieces_grow_with_the_entries(device, close, monkeypatch):
+    """Partial sums never take more than the result, but for narrow results, which take little."""
+    assert piece_for(131_072, 12_288) == PIECE
+    for nnz, m in ((21_000_000, 65_536), (10**9, 65_536), (10**9, 2**20)):
+        assert room_for_partials(nnz, piece_for(nnz, m)) <= m
+    monkeypatch.setattr(sys.modules[piece_for.__module__], "piece_for", lambda nnz, m: 512)
+    dense = torch.randn(1300, 3)
+    x = torch.randn(1300, 5)
+    indices = torch.arange(3).repeat(1300).to(device)
+    offsets = (3 * torch.arange(1301)).to(device)
+    got = scatter_outer(indices, dense.flatten().to(device), offsets, x.to(device), 3)
+    close(got, dense.double().T @ x.double(), tolerance=1e-4)

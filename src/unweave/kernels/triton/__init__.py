@@ -20,7 +20,7 @@ This package is imported only where there is a CUDA device, or to be run by Trit
 (`TRITON_INTERPRET=1`, CPU tensors).
 """
 
-from unweave.kernels.triton.above import count_above, write_above
+from unweave.kernels.triton.above import Bounds, count_above, write_above
 from unweave.kernels.triton.adam import adam_rows
 from unweave.kernels.triton.row_gradient import finish_rows
 from unweave.kernels.triton.screened import topk_screened
@@ -30,6 +30,7 @@ from unweave.kernels.triton.select import Chosen, group_max, topk
 from unweave.kernels.triton.squared_error import SquaredError, squared_error
 
 __all__ = [
+    "Bounds",
     "ByLatent",
     "Chosen",
     "SquaredError",

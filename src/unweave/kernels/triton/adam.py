@@ -19,9 +19,8 @@ import triton.language as tl
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from unweave.kernels.dispatch import WIDEST_ON_GPU
 from unweave.kernels.triton.launch import FLOAT_OR_BF16, Arguments, launch
-
-MAX_WIDTH = 32768
 
 
 @triton.jit
@@ -95,7 +94,7 @@ def _adam_rows(
 
 def whole_rows(args: Arguments, name: str, d: int) -> dict[str, int]:
     """How many rows of width d one program takes, and with what, where it takes no row in part."""
-    args.require(d <= MAX_WIDTH, f"{name} has rows of {d} elements; at most {MAX_WIDTH} fit.")
+    args.require(d <= WIDEST_ON_GPU, f"{name} has rows of {d} elements; at most {WIDEST_ON_GPU} fit.")
     block = max(16, triton.next_power_of_2(d))
     return {"ROWS": max(1, 1024 // block), "BLOCK": block, "warps": min(32, max(4, block // 512))}
 

@@ -10,17 +10,17 @@ For a weight gradient the entries are needed latent by latent. `transpose` sorts
     offsets   latent 0 = 0:2, latent 1 = 2:3, latent 2 = 3:3, latent 3 = 3:...
 
 A latent that fires on every token has as many entries as there are tokens, and one program would need as long for it as
-for everything else. So every latent is cut into pieces of `PIECE` entries, at least one piece even if it has no entry:
-`nnz // PIECE + m` programs are always enough, a number that is known without looking at the data.
+for everything else. So every latent is cut into pieces of `piece_for` entries, at least one piece even without entries:
+`nnz // piece + m` programs are always enough, a number that is known without looking at the data.
 
     latent_of_piece   0, 1, 2, 3, 3, 3, m, m    one program each; those of latent m have nothing to do
     first_piece       0, 1, 2, 3, 6             where each latent's pieces begin
 
 The only piece of a latent writes the result. The pieces of a long latent write partial sums, at most
-`2 * (nnz // PIECE)` rows, which a second kernel adds in their order:
+`2 * (nnz // piece)` rows, which a second kernel adds in their order:
 
     first_partial     -, -, -, 0                where the partial sums of each long latent begin
-    long              3, m, m                   the long latents; at most nnz // (PIECE + 1)
+    long              3, m, m                   the long latents; at most nnz // (piece + 1)
 
 Entries beyond `offsets[-1]` are room that the caller reserved and did not fill; they belong to nothing.
 """
@@ -106,9 +106,14 @@ def gather_sum(
     return out
 
 
-def room_for_partials(nnz: int) -> int:
+def piece_for(nnz: int, m: int) -> int:
+    """Entries of a piece: more where there are so many entries that partial sums would take more than the result."""
+    return max(PIECE, triton.next_power_of_2(2 * nnz // max(m, 4096)))
+
+
+def room_for_partials(nnz: int, piece: int = PIECE) -> int:
     """Partial sums of the latents with more than one piece, at most: with q whole pieces, a latent has up to q + 1."""
-    return 2 * (nnz // PIECE)
+    return 2 * (nnz // piece)
 
 
 class ByLatent(NamedTuple):
@@ -143,6 +148,7 @@ def transpose(indices: Int64[Tensor, " nnz"], offsets: Int64[Tensor, " n+1"], m:
     offsets = args.take("offsets", offsets, "n+1", torch.int64)
     args.require(0 < m < 2**31 - 1, f"m must be positive and below 2^31 - 1, got {m}.")
     nnz, device = len(indices), indices.device
+    piece = piece_for(nnz, m)
 
     existing = indices.clamp(0, m - 1)
     filled = torch.arange(nnz, device=device) < offsets[-1]
@@ -152,7 +158,7 @@ def transpose(indices: Int64[Tensor, " nnz"], offsets: Int64[Tensor, " n+1"], m:
     rows = torch.where((indices == existing)[order], rows, -1)
     bounds = torch.searchsorted(latents, torch.arange(m + 1, device=device, dtype=torch.int32))
 
-    pieces = ((bounds.diff() + PIECE - 1) // PIECE).clamp(min=1)
+    pieces = ((bounds.diff() + piece - 1) // piece).clamp(min=1)
     is_long = pieces > 1
     ends = pieces.cumsum(0)
     partials = torch.where(is_long, pieces, 0)
@@ -160,10 +166,10 @@ def transpose(indices: Int64[Tensor, " nnz"], offsets: Int64[Tensor, " n+1"], m:
         order=order,
         rows=rows,
         offsets=bounds,
-        latent_of_piece=torch.searchsorted(ends, torch.arange(nnz // PIECE + m, device=device), right=True),
+        latent_of_piece=torch.searchsorted(ends, torch.arange(nnz // piece + m, device=device), right=True),
         first_piece=pad(ends, (1, 0)),
         first_partial=partials.cumsum(0) - partials,
-        long=torch.searchsorted(is_long.cumsum(0), torch.arange(1, nnz // (PIECE + 1) + 1, device=device)),
+        long=torch.searchsorted(is_long.cumsum(0), torch.arange(1, nnz // (piece + 1) + 1, device=device)),
     )
 
 
@@ -220,13 +226,13 @@ def segment_sum(by_latent: ByLatent, values: Float[Tensor, " nnz"], x: Float[Ten
     values = args.take("values", values, "nnz", torch.float32)
     x = args.take("x", x, "n d", *FLOAT_OR_BF16)
     (n, d), nnz, m = x.shape, len(values), len(by_latent.first_partial)
-    out, block = values.new_empty(m, d), tile_width(d)
-    partial = values.new_empty(room_for_partials(nnz), d)
+    out, block, piece = values.new_empty(m, d), tile_width(d), piece_for(nnz, m)
+    partial = values.new_empty(room_for_partials(nnz, piece), d)
     order, rows, offsets, latent_of_piece, first_piece, first_partial, long = by_latent
     tiles = triton.cdiv(d, block)
     launch(
         _add_pieces, (len(latent_of_piece), tiles), x, values, order, rows, offsets, latent_of_piece, first_piece,
-        first_partial, out, partial, n, m, d, BLOCK=block, PIECE=PIECE, IN_FLIGHT=IN_FLIGHT,
+        first_partial, out, partial, n, m, d, BLOCK=block, PIECE=piece, IN_FLIGHT=IN_FLIGHT,
     )  # fmt: skip
     if len(long):
         launch(
