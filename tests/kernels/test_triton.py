@@ -35,7 +35,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 def test_in_the_interpreter(tests: list[str]) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", *tests],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         cwd=TESTS,
         env=environment | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "UNWEAVE_KERNELS": "cuda"},
         capture_output=True,
