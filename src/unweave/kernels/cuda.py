@@ -1,4 +1,4 @@
-"""What a training step takes of a GPU: the functions that `unweave.kernels.cpu` has, on Triton's kernels.
+"""What a training step takes of a GPU: the functions that `unweave.kernels.cpu` has, on Triton's kernels, and encoding.
 
 None of them waits for the device. Entries beyond the last offset are room that was not filled: their latent is -1,
 their value 0, and they belong to nothing. Imported only where `backend` chooses these kernels.
@@ -11,13 +11,26 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from unweave.kernels import triton
+from unweave.kernels.encode_cuda import above, largest, lowered
 from unweave.kernels.reference import RowErrors
-from unweave.kernels.triton import ByLatent
+from unweave.kernels.triton import ByLatent, count_above, transpose
 
-
-def transpose(indices: Int64[Tensor, " nnz"], offsets: Int64[Tensor, " n+1"], m: int) -> ByLatent:
-    """The entries latent by latent, and within a latent row by row; those that are not filled are in none."""
-    return triton.transpose(indices, offsets, m)
+__all__ = [
+    "above",
+    "add_halves_",
+    "count_above",
+    "dense_back",
+    "dense_codes",
+    "keep_largest_",
+    "largest",
+    "lowered",
+    "scatter_outer",
+    "squared_error_rows",
+    "sum_by_latent",
+    "sum_rows",
+    "total",
+    "transpose",
+]
 
 
 def sum_by_latent(by_latent: ByLatent, values: Float[Tensor, " nnz"]) -> Float[Tensor, " m"]:

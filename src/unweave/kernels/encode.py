@@ -75,8 +75,13 @@ def encode_select(
         case "cpu" if len(x):
             return _screened(x.contiguous(), W_enc, b_enc.contiguous(), spec, precision, screen, max_density)
         case "cuda" if W_enc.shape[1]:
-            half = None if screen is None else screen.images.half
-            return _on_gpu(x.contiguous(), W_enc, b_enc.contiguous(), spec, precision == "bf16", half, max_density)
+            from unweave.kernels import encode_cuda
+
+            x, b_enc, half = x.contiguous(), b_enc.contiguous(), None if screen is None else screen.images.half
+            found = encode_cuda.select(x, W_enc, b_enc, spec, precision == "bf16", half, max_density)
+            if (row := encode_cuda.first_not_finite(x, W_enc, b_enc)) is not None:
+                raise _not_finite(row)
+            return found
     return _reference(x, W_enc, b_enc, spec, max_density)
 
 
@@ -106,29 +111,6 @@ def _check(x: Tensor, W_enc: Tensor, b_enc: Tensor, spec: Spec, screen: Screen |
 
 def _not_finite(row: int) -> UnweaveError:
     return UnweaveError(f"encode_select: pre-activations of row {row} are NaN or infinite.")
-
-
-def _on_gpu(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    spec: Largest | LargestOfGroups | Above,
-    low: bool,
-    half: Tensor | None,
-    max_density: float,
-) -> Selection:
-    from unweave.kernels import encode_cuda
-
-    match spec:
-        case Largest():
-            found = encode_cuda.largest(x, W_enc, b_enc, spec, low, half)
-        case LargestOfGroups(groups):
-            found = encode_cuda.largest_of_groups(x, W_enc, b_enc, groups)
-        case Above(bounds):
-            found = encode_cuda.above_exactly(x, W_enc, b_enc, bounds, low, half, max_density)
-    if (row := encode_cuda.first_not_finite(x, W_enc, b_enc)) is not None:
-        raise _not_finite(row)
-    return found
 
 
 def _reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, spec: Spec, max_density: float) -> Selection:

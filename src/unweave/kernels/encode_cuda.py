@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unweave.kernels import triton
-from unweave.kernels.select import Largest, Selection, TooDense, kept
+from unweave.kernels.select import Above, Largest, LargestOfGroups, Selection, TooDense, kept
 from unweave.kernels.triton import Bounds
 from unweave.kernels.triton.screened import SPARE
 
@@ -145,6 +145,25 @@ def above_exactly(
         parts.append(part)
     columns = zip(*parts, strict=True) if parts else [[x.new_empty(0, dtype=torch.int64)]] * 2 + [[x.new_empty(0)]]
     return Selection(*(torch.cat(list(column)) for column in columns))
+
+
+def select(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    spec: Largest | LargestOfGroups | Above,
+    low: bool,
+    half: Tensor | None,
+    max_density: float,
+) -> Selection:
+    """What a selection keeps; see `unweave.kernels.encode_select`."""
+    match spec:
+        case Largest():
+            return largest(x, W_enc, b_enc, spec, low, half)
+        case LargestOfGroups(groups):
+            return largest_of_groups(x, W_enc, b_enc, groups)
+        case Above(bounds):
+            return above_exactly(x, W_enc, b_enc, bounds, low, half, max_density)
 
 
 def largest_of_groups(x: Tensor, W_enc: Tensor, b_enc: Tensor, groups: int) -> Selection:

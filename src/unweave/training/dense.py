@@ -140,7 +140,11 @@ def dense_gradients(
     rooms = [scratch(name, (min(chunk, n), m), dtype) for name in _ROOMS]
     rooms += [scratch(name, (min(chunk, n), d), dtype) for name in ("rounded inputs", "rounded output")]
     errors = scratch("errors", (min(chunk, n), d))
-    kept = None if ops is cpu else _Kept(sae, centred, low)
+    bounds, kept = None, centred.new_zeros((), dtype=torch.int64)
+    if ops is not cpu:  # what a sparse step would keep decides there what the next ones are
+        spec = sae.activation.selection(sae.threshold, n)
+        assert isinstance(spec, kernels.Above)
+        bounds = ops.lowered(centred, rows_enc.T, sae.b_enc.detach(), spec.bounds, low)
     for start in range(0, n, chunk):
         rows = slice(start, start + chunk)
         target = centred[rows]  # what is centred is reconstructed without the bias
@@ -150,8 +154,8 @@ def dense_gradients(
         if not ops.dense_codes(pre, theta, codes, active, sums):
             bad = int((~pre.isfinite()).any(1).nonzero()[0])
             raise UnweaveError(f"training step: pre-activations of row {start + bad} are NaN or infinite.")
-        if kept is not None:
-            kept.count(pre, rows)
+        if bounds is not None:
+            kept += ops.count_above(pre, bounds.of_rows(rows)).sum()
         error.copy_(torch.mm(codes, W_dec, out=out)).sub_(target)
         squared_error += kernels.squared_norm(error)
         if residual is not None:
@@ -187,25 +191,8 @@ def dense_gradients(
     if jump is not None:
         grads["threshold"] = towards
     squares = squares_of(grads)
-    density = (l0 if kept is None else kept.total) / (n * m)
+    density = (l0 if bounds is None else kept) / (n * m)
     return Step(loss, squared_error, l0, active > 0, None, grads, squares, density)
-
-
-class _Kept:
-    """How much a sparse step on a GPU would keep of what a dense one computes, which decides what the next ones are."""
-
-    def __init__(self, sae: SAE, centred: Float[Tensor, "n d_in"], low: bool) -> None:
-        from unweave.kernels import encode_cuda
-
-        spec = sae.activation.selection(sae.threshold, len(centred))
-        assert isinstance(spec, kernels.Above)
-        self.total = centred.new_zeros((), dtype=torch.int64)
-        self._bounds = encode_cuda.lowered(centred, sae.W_enc.detach(), sae.b_enc.detach(), spec.bounds, low)
-
-    def count(self, pre: Float[Tensor, "c d_sae"], rows: slice) -> None:
-        from unweave.kernels import triton
-
-        self.total += triton.count_above(pre, self._bounds.of_rows(rows)).sum()
 
 
 def add_rows_(total: Float[Tensor, "m ..."], latents: Int64[Tensor, " c"], rows: Float[Tensor, "c ..."]) -> None:

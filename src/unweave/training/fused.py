@@ -170,24 +170,22 @@ class Fused:
 
     def _select(self, centred: Tensor, screen: kernels.Screen | None, low: bool) -> kernels.Selection:
         sae, config = self.sae, self.config
-        spec, on_cpu = sae.activation.selection(sae.threshold, len(centred)), self.ops is cpu
-        if not on_cpu:
-            from unweave.kernels import encode_cuda
-
+        spec, ops = sae.activation.selection(sae.threshold, len(centred)), self.ops
+        if ops is not cpu:
             half = None if screen is None else screen.images.half
             if isinstance(spec, kernels.Largest):
-                return encode_cuda.largest(centred, sae.W_enc, sae.b_enc, spec, low, half)
+                return ops.largest(centred, sae.W_enc, sae.b_enc, spec, low, half)
             if self._switches(spec):
                 share = _MOST_ROOM if self.density is None else max(_LEAST_ROOM, 2 * self.density)
                 room = math.ceil(min(share, _MOST_ROOM) * len(centred) * sae.d_sae)
-                return encode_cuda.above(centred, sae.W_enc, sae.b_enc, spec.bounds, low, room, half)
+                return ops.above(centred, sae.W_enc, sae.b_enc, spec.bounds, low, room, half)
         if isinstance(spec, kernels.LargestOfBatch):
             hint = spec.hint if self.bound is None else (1 - self.margin) * self.bound
             spec = kernels.LargestOfBatch(spec.budget, hint)
         sparse_only = not isinstance(spec, kernels.Above) or self.widths
         found = kernels.encode_select(
             centred, sae.W_enc, sae.b_enc, spec, screen=screen, max_density=1.0 if sparse_only else DENSE_ABOVE,
-            precision=config.precision if on_cpu else "bf16" if low else "fp32",
+            precision=config.precision if ops is cpu else "bf16" if low else "fp32",
         )  # fmt: skip
         if isinstance(spec, kernels.LargestOfBatch):
             before, self.bound = self.bound, found.values.min().item() if len(found.values) == spec.budget else None
